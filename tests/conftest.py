@@ -1,0 +1,25 @@
+"""Test configuration: strict types, strict promotion, eight fake devices, one shared compilation cache."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+).strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+_CACHE = os.environ.get("TOPROVAR_TEST_CACHE", str(pathlib.Path(__file__).parent.parent / ".cache" / "xla"))
+jax.config.update("jax_compilation_cache_dir", _CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def golden() -> pathlib.Path:
+    """The folder of reference outputs (see tests/golden/README.md)."""
+    return pathlib.Path(__file__).parent / "golden"

@@ -1,0 +1,66 @@
+"""Fast visual-autoregressive image generation in JAX: Infinity on TPU and GPU.
+
+    from toprovar_jax import InfinityPipeline
+    pipe = InfinityPipeline.from_pretrained()
+    pipe("a red sphere", seed=1).images[0].save("sphere.png")
+
+Names are imported when first used, so that ``import toprovar_jax`` touches neither jax nor a device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from toprovar_jax.acceleration import POLICIES, Dense
+    from toprovar_jax.errors import UserInputError
+    from toprovar_jax.generation import Generation, InfinityModel, Text, encode_text, generate
+    from toprovar_jax.hub import list_models
+    from toprovar_jax.pipeline import InfinityPipeline
+    from toprovar_jax.sampling import Sampling
+    from toprovar_jax.schedule import ScaleSchedule
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "POLICIES": "acceleration",
+    "Dense": "acceleration",
+    "UserInputError": "errors",
+    "Generation": "generation",
+    "InfinityModel": "generation",
+    "Text": "generation",
+    "encode_text": "generation",
+    "generate": "generation",
+    "list_models": "hub",
+    "InfinityPipeline": "pipeline",
+    "Sampling": "sampling",
+    "ScaleSchedule": "schedule",
+}
+
+__all__ = [
+    "POLICIES",
+    "Dense",
+    "Generation",
+    "InfinityModel",
+    "InfinityPipeline",
+    "Sampling",
+    "ScaleSchedule",
+    "Text",
+    "UserInputError",
+    "encode_text",
+    "generate",
+    "list_models",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])
