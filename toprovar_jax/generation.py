@@ -1,0 +1,327 @@
+"""Generation: the loop over scales (MODEL_SPEC 6).
+
+One :func:`scale_step` computes a scale. The fused driver, :func:`generate`, runs all of them inside the caller's
+trace; the stepwise one, :class:`toprovar_jax.drivers.Drivers`, calls one compiled step after another from the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from toprovar_jax.acceleration.dense import Dense
+from toprovar_jax.acceleration.plan import AccelerationPolicy, GenerationPlan
+from toprovar_jax.image_tokenizer.autoencoder import ImageTokenizer
+from toprovar_jax.image_tokenizer.bsq import bits_to_codes, next_scale_input, tokens_to_bits
+from toprovar_jax.image_tokenizer.resize import resize_bilinear
+from toprovar_jax.model.kv_cache import KVCache
+from toprovar_jax.model.text_conditioning import TextCondition
+from toprovar_jax.model.transformer import Infinity
+from toprovar_jax.sampling import Sampling, bit_probability, draw_uniforms, guide, sample_bits
+from toprovar_jax.schedule import ScaleSchedule
+from toprovar_jax.shapes import Array, Float, Int, Key, UInt8
+from toprovar_jax.text_encoder import T5Encoder
+
+
+class InfinityModel(NamedTuple):
+    """The three networks of a text-to-image model. A pytree.
+
+    Attributes:
+      transformer: predicts bits scale by scale.
+      image_tokenizer: turns summed codes into pictures.
+      text_encoder: turns token ids into features; None where features come from elsewhere.
+    """
+
+    transformer: Infinity
+    image_tokenizer: ImageTokenizer
+    text_encoder: T5Encoder | None = None
+
+
+class Text(NamedTuple):
+    """Prompts as the transformer sees them.
+
+    Attributes:
+      features: text-encoder output, ``[B, P, E]``; rows at or past ``lengths`` are ignored.
+      lengths: tokens of each prompt, end token included, ``[B]``.
+      negative_features, negative_lengths: the same for negative prompts; None for the learned "no text".
+    """
+
+    features: Float[Array, "B P E"]
+    lengths: Int[Array, " B"]
+    negative_features: Float[Array, "B P E"] | None = None
+    negative_lengths: Int[Array, " B"] | None = None
+
+
+class Generation(NamedTuple):
+    """What :func:`generate` returns.
+
+    Attributes:
+      images: float32 ``[B, h, w, 3]`` in [0, 1].
+      bits: per computed scale, uint8 ``[B, T, Z]``.
+      latents: summed codes, the decoder's input, float32 ``[B, h, w, C]``.
+      statistics: ``certainty``: mean probability of the value drawn being the likelier one, ``[B, scales]``.
+    """
+
+    images: Float[Array, "B h w 3"]
+    bits: tuple[UInt8[Array, "B T Z"], ...]
+    latents: Float[Array, "B lat_h lat_w C"]
+    statistics: dict[str, Array]
+
+
+class State(NamedTuple):
+    """What one scale hands to the next; donated between steps.
+
+    Attributes:
+      cache: keys and values so far.
+      latents: summed codes so far, at full size, ``[B, h, w, C]``.
+      inputs: the next scale's transformer input, ``[B, T, Z]``; empty before the first scale and after the last.
+    """
+
+    cache: KVCache
+    latents: Float[Array, "B h w C"]
+    inputs: Float[Array, "B T Z"]
+
+
+class ScaleTrace(NamedTuple):
+    """What a scale computed on the way, for tests and for looking inside.
+
+    Attributes:
+      bits: ``[B, T, Z]``.
+      hidden: the head's input, ``[R, T, D]``.
+      raw_scores: head output of the rows that were run through it, ``[R, T, Z, 2]``.
+      guided_scores: after temperature and guidance, before top-k and top-p, ``[B, T, Z, 2]``.
+      certainty: ``[B]``.
+    """
+
+    bits: Array
+    hidden: Array
+    raw_scores: Array
+    guided_scores: Array
+    certainty: Array
+
+
+def encode_text(
+    model: InfinityModel,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    negative_tokens: Int[Array, "B P"] | None = None,
+    negative_lengths: Int[Array, " B"] | None = None,
+) -> Text:
+    """Token ids to text features. Pure and traceable.
+
+    Raises:
+      ValueError: the model has no text encoder.
+    """
+    if model.text_encoder is None:
+        raise ValueError("this model has no text encoder: pass features as Text(features, lengths)")
+    features = model.text_encoder(tokens, lengths)
+    if negative_tokens is None:
+        return Text(features, lengths)
+    return Text(features, lengths, model.text_encoder(negative_tokens, negative_lengths), negative_lengths)
+
+
+def condition_on(transformer: Infinity, text: Text, *, guided: bool) -> TextCondition:
+    """The text's contribution to all scales; conditional rows first, then unconditional ones where ``guided``."""
+    features, lengths = text.features.astype(jnp.float32), text.lengths
+    if guided:
+        if text.negative_features is None:
+            others = transformer.text.unconditional_rows(features.shape[0], features.shape[1])
+            other_lengths = lengths
+        else:
+            others, other_lengths = text.negative_features.astype(jnp.float32), text.negative_lengths
+        features = jnp.concatenate([features, others])
+        lengths = jnp.concatenate([lengths, other_lengths])
+    return transformer.condition(features, lengths)
+
+
+def initial_state(transformer: Infinity, plan: GenerationPlan, batch: int) -> State:
+    """The state before the first scale."""
+    config = transformer.config
+    cache = transformer.new_cache(batch * (2 if plan.guided else 1), plan.cache_length)
+    latents = jnp.zeros((batch, *plan.schedule.latent_grids[-1], config.latent_channels), jnp.float32)
+    return State(cache, latents, jnp.zeros((batch, 0, config.token_bits), jnp.float32))
+
+
+def advance(
+    transformer: Infinity,
+    condition: TextCondition,
+    state: State,
+    sampling: Sampling,
+    uniforms: Float[Array, "B T Z"],
+    *,
+    plan: GenerationPlan,
+    scale: int,
+    forced: UInt8[Array, "B T Z"] | None = None,
+) -> tuple[State, ScaleTrace]:
+    """Compute one scale: transformer, head, bits, codes, next input.
+
+    Args:
+      transformer, condition, state: the model, the text, what the scales before left.
+      sampling: as arrays (:meth:`Sampling.for_scales`).
+      uniforms: one number per bit.
+      plan, scale: static.
+      forced: bits to take instead of sampled ones.
+    """
+    schedule, config = plan.schedule, transformer.config
+    last = scale == plan.num_run - 1
+    if scale == 0:
+        tokens = transformer.start_tokens(condition)
+    else:
+        tokens = transformer.embed(state.inputs)
+        tokens = jnp.concatenate([tokens, tokens]) if plan.guided else tokens
+    guidance, tau = sampling.guidance[scale], sampling.tau[scale]
+    hidden, cache = transformer.run_scale(
+        tokens,
+        condition,
+        state.cache,
+        schedule,
+        scale,
+        write_cache=not last,
+        blend_after=plan.guided_blocks(config.num_layers) if plan.guided else (),
+        guidance=guidance,
+    )
+    batch = state.latents.shape[0]
+    both = plan.guided and 0 in plan.guidance_at
+    rows = 2 * batch if both else batch
+    raw = transformer.head(hidden[:rows], condition.head_modulation[:rows])
+    scores = raw / tau
+    if both:
+        scores = guide(scores[:batch], scores[batch:], guidance)
+    probability = bit_probability(scores, sampling.top_k, sampling.top_p)
+    bits = sample_bits(probability, uniforms) if forced is None else forced
+    certainty = jnp.mean(jnp.maximum(probability, 1.0 - probability), axis=(1, 2))
+
+    codes = bits_to_codes(tokens_to_bits(bits, schedule.grids[scale], config.spatial_patchify))
+    latents = state.latents + resize_bilinear(codes, schedule.latent_grids[-1])
+    inputs = jnp.zeros((batch, 0, config.token_bits), jnp.float32)
+    if not last:
+        inputs = next_scale_input(latents, schedule, scale + 1)
+    return State(cache, latents, inputs), ScaleTrace(bits, hidden, raw, scores, certainty)
+
+
+def scale_step(
+    transformer: Infinity,
+    condition: TextCondition,
+    state: State,
+    sampling: Sampling,
+    keys: Key[Array, " B"],
+    *,
+    plan: GenerationPlan,
+    scale: int,
+    forced: UInt8[Array, "B T Z"] | None = None,
+) -> tuple[State, UInt8[Array, "B T Z"], Float[Array, " B"]]:
+    """:func:`advance` with each image's own random numbers; returns the state, the bits and their certainty."""
+    bits = transformer.config.token_bits
+    uniforms = draw_uniforms(keys, scale, plan.schedule.token_counts[scale], bits)
+    state, trace = advance(transformer, condition, state, sampling, uniforms, plan=plan, scale=scale, forced=forced)
+    return state, trace.bits, trace.certainty
+
+
+def run_scales(
+    transformer: Infinity,
+    condition: TextCondition,
+    keys: Key[Array, " B"],
+    sampling: Sampling,
+    *,
+    plan: GenerationPlan,
+    forced: Sequence[UInt8[Array, "B T Z"]] = (),
+) -> tuple[Float[Array, "B h w C"], tuple[UInt8[Array, "B T Z"], ...], Float[Array, "B scales"]]:
+    """All scales of a plan in one trace: summed codes, bits per scale, certainty per image and scale."""
+    state = initial_state(transformer, plan, keys.shape[0])
+    bits, certainty = [], []
+    for scale in range(plan.num_run):
+        given = forced[scale] if scale < len(forced) else None
+        state, drawn, sure = scale_step(
+            transformer, condition, state, sampling, keys, plan=plan, scale=scale, forced=given
+        )
+        bits.append(drawn)
+        certainty.append(sure)
+    return state.latents, tuple(bits), jnp.stack(certainty, axis=1)
+
+
+def make_plan(
+    schedule: ScaleSchedule,
+    sampling: Sampling,
+    policy: AccelerationPolicy,
+    *,
+    stop_after: int | None = None,
+    guidance_at: Sequence[int] = (0,),
+) -> GenerationPlan:
+    """The policy's plan. Unconditional rows are left out where guidance is known to be 1 at every scale."""
+    guidance = sampling.guidance
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(guidance))
+    unguided = not traced and bool(np.all(np.asarray(guidance) == 1))
+    return policy.plan(schedule, guided=not unguided, stop_after=stop_after, guidance_at=tuple(guidance_at))
+
+
+def generate(
+    model: InfinityModel,
+    text: Text,
+    keys: Key[Array, " B"],
+    *,
+    schedule: ScaleSchedule,
+    sampling: Sampling = Sampling(),  # noqa: B008 - an immutable tuple of numbers
+    policy: AccelerationPolicy = Dense(),  # noqa: B008 - frozen
+    stop_after: int | None = None,
+    guidance_at: Sequence[int] = (0,),
+    forced_bits: Sequence[UInt8[Array, "B T Z"]] = (),
+) -> Generation:
+    """Pictures from text features. Pure and traceable: call it inside your own ``jit``, ``vmap`` or ``shard_map``.
+
+    Args:
+      model: transformer and image tokenizer.
+      text: prompts (:func:`encode_text`), and negative prompts if any.
+      keys: one PRNG key per image, ``[B]``; image i depends on key i alone.
+      schedule: scales, aspect ratio and size; static.
+      sampling: guidance, temperature, top-k, top-p; traced, so changing them never recompiles.
+      policy: what is computed; static.
+      stop_after: number of scales to run; the codes so far are decoded at full size. Default all.
+      guidance_at: 0 for the logits, negative numbers for block outputs counted from the end.
+      forced_bits: bits of the first scales, taken instead of sampled ones, ``[B, T, Z]`` each.
+
+    Returns:
+      Images in [0, 1], the bits of every scale, the summed codes, and statistics.
+
+    With ``precision="exact"`` images are computed one by one, so that the tokens of an image do not depend on what
+    else is in its batch, down to the last bit.
+    """
+    plan = make_plan(schedule, sampling, policy, stop_after=stop_after, guidance_at=guidance_at)
+    numbers = sampling.for_scales(len(schedule))
+
+    def run(text: Text, keys: Key[Array, " B"], forced: tuple[Array, ...]) -> Generation:
+        condition = condition_on(model.transformer, text, guided=plan.guided)
+        latents, bits, certainty = run_scales(model.transformer, condition, keys, numbers, plan=plan, forced=forced)
+        images = model.image_tokenizer.decode(latents)
+        return Generation(images, bits, latents, {"certainty": certainty})
+
+    arguments = (text, keys, tuple(forced_bits))
+    if model.transformer.config.precision == "exact":
+        return _one_by_one(run, arguments, text.lengths)
+    return run(*arguments)
+
+
+def _one_by_one(run, arguments: Any, lengths: Int[Array, " B"]) -> Any:
+    """``run`` on batches of one, in a loop whose body is the same program whatever the batch.
+
+    The number of rounds is computed from data: a loop known to run once would be dissolved into its surroundings and
+    could round differently there.
+    """
+
+    def one(index):
+        return run(*jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), arguments))
+
+    batch = lengths.shape[0]
+    shapes = jax.eval_shape(one, jax.ShapeDtypeStruct((), jnp.int32))
+    empty = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype), shapes)
+
+    def body(index, filled):
+        return jax.tree.map(
+            lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, index, 0), filled, one(index)
+        )
+
+    rounds = jnp.sum((lengths >= 0).astype(jnp.int32))
+    return jax.lax.fori_loop(0, rounds, body, empty)

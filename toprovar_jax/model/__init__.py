@@ -1,0 +1,5 @@
+"""The transformer."""
+
+from toprovar_jax.model.transformer import Infinity
+
+__all__ = ["Infinity"]

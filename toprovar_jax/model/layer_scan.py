@@ -1,0 +1,41 @@
+"""Running a range of stacked layers with ``lax.scan``: compile time does not grow with depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from toprovar_jax.shapes import Array, Int
+
+
+def scan_layers(
+    body: Callable[[Any, Any, Int[Array, ""]], Any], carry: Any, stacked: Any, start: int, stop: int, depth: int
+) -> Any:
+    """``carry = body(carry, layer, index)`` for the layers ``start`` to ``stop - 1``.
+
+    Args:
+      body: one layer.
+      carry: what is handed on.
+      stacked: pytree of arrays (or modules) with a leading axis of length ``depth``.
+      start, stop: static range of layers.
+      depth: how many there are in all.
+
+    The whole stack is scanned as such, which differentiates well. A part of it is indexed instead of sliced: a slice
+    of stacked weights would be copied first.
+    """
+    if (start, stop) == (0, depth):
+
+        def whole(carry, item):
+            layer, index = item
+            return body(carry, layer, index), None
+
+        return jax.lax.scan(whole, carry, (stacked, jnp.arange(depth)))[0]
+
+    def part(carry, index):
+        layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked)
+        return body(carry, layer, index), None
+
+    return jax.lax.scan(part, carry, jnp.arange(start, stop))[0]
