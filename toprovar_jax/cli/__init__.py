@@ -1,0 +1,1 @@
+"""The commands: thin layers of options, messages and files over the library."""

@@ -1,0 +1,185 @@
+"""The options of the generate command and how they are read; imports neither jax nor numpy."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
+
+from toprovar_jax.cli.backend import check_backend
+from toprovar_jax.errors import UserInputError
+from toprovar_jax.prompts import PromptRequest, read_prompts
+from toprovar_jax.settings import check_setting, parse_setting
+
+
+def _option(metavar: str, help: str) -> Any:
+    return arg(metavar=metavar, help=help, help_behavior_hint="")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """The command line as typed: values stay text, so that a wrong one gets a one-line message when it is read."""
+
+    prompt: Annotated[UseAppendAction[tuple[str, ...]], _option("TEXT", "What to draw; repeat it for more.")] = ()
+    prompts_file: Annotated[
+        str | None,
+        _option(
+            "FILE",
+            "Prompts from a file: .txt, one a line; or .jsonl, one object a line, such as "
+            '{"prompt": "a red sphere", "seed": 1, "guidance": 2} (any setting may differ per line).',
+        ),
+    ] = None
+    negative_prompt: Annotated[str | None, _option("TEXT", "What to avoid; acts through guidance.")] = None
+    positive_prompt: Annotated[bool, _option("", "Append standard words for good faces to prompts about people.")] = (
+        False
+    )
+    backend: Annotated[str | None, _option("cpu|gpu|tpu", "Where to run; default: the best device found.")] = None
+    model: Annotated[
+        str | None, _option("NAME_OR_DIR", "A model by name or folder; default: the small embedded one.")
+    ] = None
+    policy: Annotated[str, _option("NAME", "Which computations to spare; dense spares none (default: dense).")] = (
+        "dense"
+    )
+    seed: Annotated[str, _option("N", "Seed of a prompt's first picture, counting up from there (default: 0).")] = "0"
+    num_images: Annotated[str, _option("K", "Pictures per prompt (default: 1).")] = "1"
+    batch_size: Annotated[
+        str, _option("B", "Pictures made together; each batch is saved before the next begins (default: 1).")
+    ] = "1"
+    aspect_ratio: Annotated[str, _option("H:W", "Height to width, such as 4:3 (default: 1:1).")] = "1:1"
+    pixels: Annotated[
+        str | None, _option("BUDGET", "Picture size: 0.06M, 0.25M, 0.60M or 1M; default: the model's.")
+    ] = None
+    guidance: Annotated[
+        str | None, _option("X|X,X,...", "How closely to follow the prompt, one number or one per scale.")
+    ] = None
+    tau: Annotated[str | None, _option("X|X,X,...", "Sampling temperature, one number or one per scale.")] = None
+    top_k: Annotated[str | None, _option("K", "Sample among the K likeliest values of each bit; 0: all.")] = None
+    top_p: Annotated[str | None, _option("P", "Sample within this probability mass of each bit, in (0, 1].")] = None
+    stop_after_scale: Annotated[str | None, _option("K", "Stop after K scales and decode what is there.")] = None
+    out: Annotated[str, _option("DIR", "Where pictures go; existing files are kept (default: outputs).")] = "outputs"
+    grid: Annotated[bool, _option("", "Also save all pictures on one sheet.")] = False
+    no_metadata: Annotated[bool, _option("", "Leave prompt, seed and settings out of the PNG files.")] = False
+    json: Annotated[bool, _option("", "Print one JSON object instead of one path a line.")] = False
+    quiet: Annotated[bool, _option("", "No progress, no summary, no warnings; only errors.")] = False
+    dry_run: Annotated[bool, _option("", "Check everything and show the plan, but make nothing.")] = False
+    strict: Annotated[
+        bool, _option("", "Refuse what would otherwise only warn, such as a prompt that is too long.")
+    ] = False
+    debug: Annotated[bool, _option("", "On failure, show the whole traceback.")] = False
+
+
+def parse_options(argv: Sequence[str]) -> GenerateOptions:
+    """Reads a command line. ``--help`` prints the options and raises ``SystemExit(0)``.
+
+    Raises:
+      UserInputError: an unknown option, an option without its value, or a stray word.
+    """
+    _refuse_missing_values(argv)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            options, unknown = tyro.cli(
+                GenerateOptions,
+                args=list(argv),
+                prog="generate.py",
+                description="Make pictures from text.",
+                config=(FlagCreatePairsOff,),
+                return_unknown_args=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        words = "".join(character for character in said.getvalue() if character not in "╭╮╰╯│─")
+        raise UserInputError("options", f"could not be read ({' '.join(words.split())})", "see --help") from None
+    if unknown:
+        raise _unexpected(unknown[0])
+    return options
+
+
+def requests_of(options: GenerateOptions) -> list[PromptRequest]:
+    """What is to be drawn: the prompts of the command line, then those of the file.
+
+    Raises:
+      UserInputError: there is none, one is empty, or the file is not what it should be.
+    """
+    requests = [PromptRequest(check_setting("prompt", prompt, label="--prompt")) for prompt in options.prompt]
+    if options.prompts_file is not None:
+        requests += read_prompts(options.prompts_file)
+    if not requests:
+        raise UserInputError(
+            "no prompt", "one is needed", 'say what to draw with --prompt "a red sphere" or --prompts-file FILE'
+        )
+    return requests
+
+
+def settings_of(options: GenerateOptions) -> dict[str, Any]:
+    """The settings of every picture whose own line says nothing else; None where the model's default holds.
+
+    Raises:
+      UserInputError: a value is not legal.
+    """
+    if options.backend is not None:
+        check_backend(options.backend)
+    typed = ("negative_prompt", "policy", "seed", "num_images", "aspect_ratio", "pixels", "guidance", "tau")
+    settings: dict[str, Any] = {"positive_prompt": options.positive_prompt}
+    for name in (*typed, "top_k", "top_p", "stop_after_scale"):
+        text = getattr(options, name)
+        settings[name] = None if text is None else parse_setting(name, text, label=_flag_of(name))
+    return settings
+
+
+def batch_size_of(options: GenerateOptions) -> int:
+    """Pictures per call.
+
+    Raises:
+      UserInputError: not a positive integer.
+    """
+    try:
+        size = int(options.batch_size)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise UserInputError(f"--batch-size {options.batch_size!r}", "must be an integer >= 1", "for example 4")
+    return size
+
+
+def _flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _fields() -> dict[str, dataclasses.Field[Any]]:
+    return {_flag_of(field.name): field for field in dataclasses.fields(GenerateOptions)}
+
+
+def _refuse_missing_values(argv: Sequence[str]) -> None:
+    fields = _fields()
+    for word, following in itertools.zip_longest(argv, argv[1:]):
+        field = fields.get(word.replace("_", "-"))
+        if field is None or isinstance(field.default, bool):
+            continue
+        if following is None or following.startswith("--") or (following.startswith("-") and not _is_number(following)):
+            hint = f" (a value that starts with a dash is written {word}=VALUE)" if following else ""
+            raise UserInputError(word, "needs a value", f"write one after it{hint}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.split(",")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def _unexpected(word: str) -> UserInputError:
+    if word.startswith("-"):
+        name = word.partition("=")[0]
+        close = difflib.get_close_matches(name, _fields(), n=1)
+        return UserInputError(f"option {name}", "is not known", f"did you mean {close[0]}?" if close else "see --help")
+    return UserInputError(f"{word!r}", "belongs to no option", "put a prompt of several words in quotes")

@@ -1,0 +1,117 @@
+"""Prompt files: one prompt a line, or one JSON object a line with its own seed and settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from toprovar_jax.errors import UserInputError, unknown_name
+from toprovar_jax.settings import SETTINGS, check_setting
+
+_PEOPLE = (
+    *("man", "woman", "men", "women", "boy", "girl", "child", "person", "human", "adult", "teenager", "employee"),
+    *("employer", "worker", "mother", "father", "sister", "brother", "grandmother", "grandfather", "son", "daughter"),
+)
+_FACES = ". very smooth faces, good looking faces, face to the camera, perfect facial features"
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRequest:
+    """One line of a prompt file.
+
+    Attributes:
+      prompt: what to draw.
+      seed: its own seed, or None for the command's.
+      overrides: settings of this line alone, by their names in :data:`toprovar_jax.settings.SETTINGS`.
+      origin: where it was written (``"prompts.txt line 3"``), for messages about it; empty if not from a file.
+    """
+
+    prompt: str
+    seed: int | None = None
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    origin: str = ""
+
+
+def read_prompts(path: str | pathlib.Path) -> list[PromptRequest]:
+    """The requests of a prompt file, in its order.
+
+    Args:
+      path: ``.txt``: a prompt a line; blank lines and lines that start with ``#`` are skipped. ``.jsonl``: an object
+        a line with ``"prompt"`` and, as needed, ``"seed"`` and any other key of
+        :data:`toprovar_jax.settings.SETTINGS`; blank lines are skipped. UTF-8; a byte-order mark and Windows line
+        ends are accepted.
+
+    Raises:
+      UserInputError: the file cannot be read, is not text or holds no prompt; or a line is not what it should be, in
+        which case the message carries the line number.
+    """
+    path = pathlib.Path(path)
+    readers = {".txt": _text_line, ".jsonl": _json_line}
+    read_line = readers.get(path.suffix.lower())
+    if read_line is None:
+        raise UserInputError(
+            f"prompts file {path}", "must end in .txt (a prompt a line) or .jsonl (an object a line)", "rename it"
+        )
+    requests = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            request = read_line(line.strip(), f"{path.name} line {number}")
+            requests += [request] if request else []
+    if not requests:
+        raise UserInputError(f"prompts file {path}", "must hold at least one prompt", "write one prompt a line")
+    return requests
+
+
+def with_positive_prompt(prompt: str) -> str:
+    """``prompt`` with the standard words for good faces appended once, if it speaks of people (MODEL_SPEC 2.5).
+
+    The test is a case-sensitive substring search, as in the original, so "many" and "season" count as people too.
+    """
+    speaks_of_people = any(word in prompt for word in _PEOPLE)
+    return prompt + _FACES if speaks_of_people and _FACES not in prompt else prompt
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        reason = (error.strerror or "unreadable").lower()
+        raise UserInputError(f"prompts file {path}", f"must be a readable file ({reason})", "check the path") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserInputError(
+            f"prompts file {path} line {line}", "must be UTF-8 text", "save the file as UTF-8"
+        ) from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UserInputError(
+            f"prompts file {path} line {line}", "must be text, but holds binary data", "save the file as UTF-8 text"
+        )
+    return text
+
+
+def _text_line(line: str, origin: str) -> PromptRequest | None:
+    return None if line.startswith("#") else PromptRequest(check_setting("prompt", line, label=origin), origin=origin)
+
+
+def _json_line(line: str, origin: str) -> PromptRequest:
+    example = 'write one such as {"prompt": "a red sphere", "seed": 1}'
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserInputError(origin, f"must be a JSON object ({error})", example) from None
+    if not isinstance(record, dict):
+        raise UserInputError(origin, f"must be a JSON object, not {type(record).__name__}", example)
+    for key in record:
+        if key not in SETTINGS:
+            error = unknown_name("key", key, SETTINGS)
+            raise UserInputError(f"{origin}: {error.value}", error.rule, error.remedy)
+    if "prompt" not in record:
+        raise UserInputError(origin, 'must have the key "prompt"', example)
+    values = {key: check_setting(key, value, label=f"{origin}: {key}") for key, value in record.items()}
+    return PromptRequest(values.pop("prompt"), values.pop("seed", None), values, origin)
