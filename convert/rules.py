@@ -76,7 +76,7 @@ def _squeezed(shape: Iterable[int]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def fill_module(
+def prepare_filling(
     abstract: nnx.Module,
     rules: Iterable[Rule],
     tensors: Mapping[str, Callable[[], np.ndarray]],
@@ -85,12 +85,12 @@ def fill_module(
     canonical: Callable[[str], str | None] = lambda name: name,
     dtype: Callable[[str], Any] | None = None,
     place: Callable[[np.ndarray], jax.Array] = jnp.asarray,
-) -> nnx.Module:
-    """Fill a module built by ``nnx.eval_shape`` from tensors under their official names.
+) -> Callable[[], nnx.Module]:
+    """Check that tensors under their official names fill a module built by ``nnx.eval_shape``; returns what fills it.
 
-    Every problem is found, and all are reported, before anything is placed: shapes are looked at first, tensors are
-    copied after, so readers should be lazy (a memory map is). Only one parameter, with all its layers, is held on the
-    host at a time beyond what is placed.
+    Every problem is found, and all are reported, before anything is placed: shapes are looked at here, tensors are
+    copied when the result is called, so readers should be lazy (a memory map is). Only one parameter, with all its
+    layers, is held on the host at a time beyond what is placed.
 
     Args:
       abstract: module of ``jax.ShapeDtypeStruct`` leaves.
@@ -128,11 +128,21 @@ def fill_module(
     wrong = list(_mismatches(by_target, reading, shapes))
     _refuse(source, [_summary(wrong, "; ")] if wrong else [])
 
-    filled = []
-    for target, (path, variable) in parameters.items():
-        chosen = np.dtype(dtype(target) if dtype else variable.get_value().dtype)
-        filled.append((path, variable.replace(place(_read(by_target[target], reading, shapes[target], chosen)))))
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    def fill() -> nnx.Module:
+        filled = []
+        for target, (path, variable) in parameters.items():
+            chosen = np.dtype(dtype(target) if dtype else variable.get_value().dtype)
+            filled.append((path, variable.replace(place(_read(by_target[target], reading, shapes[target], chosen)))))
+        return nnx.merge(graph, nnx.from_flat_state(filled))
+
+    return fill
+
+
+def fill_module(
+    abstract: nnx.Module, rules: Iterable[Rule], tensors: Mapping[str, Callable[[], np.ndarray]], **options: Any
+) -> nnx.Module:
+    """:func:`prepare_filling` and the filling itself, for a model of one module."""
+    return prepare_filling(abstract, rules, tensors, **options)()
 
 
 def _mismatches(by_target, reading, shapes) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from toprovar_jax.acceleration.dense import Dense
 from toprovar_jax.acceleration.plan import AccelerationPolicy, GenerationPlan
@@ -21,7 +22,7 @@ from toprovar_jax.image_tokenizer.resize import resize_bilinear
 from toprovar_jax.model.kv_cache import KVCache
 from toprovar_jax.model.text_conditioning import TextCondition
 from toprovar_jax.model.transformer import Infinity
-from toprovar_jax.sampling import Sampling, bit_probability, draw_uniforms, guide, sample_bits
+from toprovar_jax.sampling import Sampling, ScaleSampling, bit_probability, draw_uniforms, guide, sample_bits
 from toprovar_jax.schedule import ScaleSchedule
 from toprovar_jax.shapes import Array, Float, Int, Key, UInt8
 from toprovar_jax.text_encoder import T5Encoder
@@ -67,7 +68,7 @@ class Generation(NamedTuple):
     """
 
     images: Float[Array, "B h w 3"]
-    bits: tuple[UInt8[Array, "B T Z"], ...]
+    bits: tuple[UInt8[Array, "B _ Z"], ...]
     latents: Float[Array, "B lat_h lat_w C"]
     statistics: dict[str, Array]
 
@@ -119,7 +120,7 @@ def encode_text(
     if model.text_encoder is None:
         raise ValueError("this model has no text encoder: pass features as Text(features, lengths)")
     features = model.text_encoder(tokens, lengths)
-    if negative_tokens is None:
+    if negative_tokens is None or negative_lengths is None:
         return Text(features, lengths)
     return Text(features, lengths, model.text_encoder(negative_tokens, negative_lengths), negative_lengths)
 
@@ -128,7 +129,7 @@ def condition_on(transformer: Infinity, text: Text, *, guided: bool) -> TextCond
     """The text's contribution to all scales; conditional rows first, then unconditional ones where ``guided``."""
     features, lengths = text.features.astype(jnp.float32), text.lengths
     if guided:
-        if text.negative_features is None:
+        if text.negative_features is None or text.negative_lengths is None:
             others = transformer.text.unconditional_rows(features.shape[0], features.shape[1])
             other_lengths = lengths
         else:
@@ -150,7 +151,7 @@ def advance(
     transformer: Infinity,
     condition: TextCondition,
     state: State,
-    sampling: Sampling,
+    sampling: ScaleSampling,
     uniforms: Float[Array, "B T Z"],
     *,
     plan: GenerationPlan,
@@ -207,7 +208,7 @@ def scale_step(
     transformer: Infinity,
     condition: TextCondition,
     state: State,
-    sampling: Sampling,
+    sampling: ScaleSampling,
     keys: Key[Array, " B"],
     *,
     plan: GenerationPlan,
@@ -225,11 +226,11 @@ def run_scales(
     transformer: Infinity,
     condition: TextCondition,
     keys: Key[Array, " B"],
-    sampling: Sampling,
+    sampling: ScaleSampling,
     *,
     plan: GenerationPlan,
-    forced: Sequence[UInt8[Array, "B T Z"]] = (),
-) -> tuple[Float[Array, "B h w C"], tuple[UInt8[Array, "B T Z"], ...], Float[Array, "B scales"]]:
+    forced: Sequence[UInt8[Array, "B _ Z"]] = (),
+) -> tuple[Float[Array, "B h w C"], tuple[UInt8[Array, "B _ Z"], ...], Float[Array, "B scales"]]:
     """All scales of a plan in one trace: summed codes, bits per scale, certainty per image and scale."""
     state = initial_state(transformer, plan, keys.shape[0])
     bits, certainty = [], []
@@ -253,7 +254,7 @@ def make_plan(
 ) -> GenerationPlan:
     """The policy's plan. Unconditional rows are left out where guidance is known to be 1 at every scale."""
     guidance = sampling.guidance
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(guidance))
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(guidance))
     unguided = not traced and bool(np.all(np.asarray(guidance) == 1))
     return policy.plan(schedule, guided=not unguided, stop_after=stop_after, guidance_at=tuple(guidance_at))
 
@@ -268,7 +269,7 @@ def generate(
     policy: AccelerationPolicy = Dense(),  # noqa: B008 - frozen
     stop_after: int | None = None,
     guidance_at: Sequence[int] = (0,),
-    forced_bits: Sequence[UInt8[Array, "B T Z"]] = (),
+    forced_bits: Sequence[UInt8[Array, "B _ Z"]] = (),
 ) -> Generation:
     """Pictures from text features. Pure and traceable: call it inside your own ``jit``, ``vmap`` or ``shard_map``.
 

@@ -12,6 +12,21 @@ from toprovar_jax.errors import UserInputError
 from toprovar_jax.shapes import Array, Float, Int, Key, UInt8
 
 
+class ScaleSampling(NamedTuple):
+    """:class:`Sampling` as arrays, one value per scale where it may vary.
+
+    Attributes:
+      guidance, tau: float32 ``[scales]``.
+      top_k: int32 scalar.
+      top_p: float32 scalar.
+    """
+
+    guidance: Float[Array, " scales"]
+    tau: Float[Array, " scales"]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+
+
 class Sampling(NamedTuple):
     """How bits are drawn. A pytree: none of it is static, so changing it never recompiles.
 
@@ -27,7 +42,7 @@ class Sampling(NamedTuple):
     top_k: int | Array = 900
     top_p: float | Array = 0.97
 
-    def for_scales(self, num_scales: int) -> Sampling:
+    def for_scales(self, num_scales: int) -> ScaleSampling:
         """The same with arrays: guidance and tau ``[num_scales]`` float32, top_k int32, top_p float32.
 
         Raises:
@@ -44,10 +59,11 @@ class Sampling(NamedTuple):
                 )
             return jnp.broadcast_to(array[None] if array.ndim == 0 else array[:num_scales], (num_scales,))
 
-        return Sampling(
+        top_k = min(self.top_k, 2) if isinstance(self.top_k, int) else self.top_k  # a bit has two values
+        return ScaleSampling(
             per_scale("guidance", self.guidance),
             per_scale("tau", self.tau),
-            jnp.asarray(self.top_k, jnp.int32),
+            jnp.asarray(top_k, jnp.int32),
             jnp.asarray(self.top_p, jnp.float32),
         )
 

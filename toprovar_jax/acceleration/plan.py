@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.schedule import Grid, ScaleSchedule
@@ -109,7 +109,7 @@ class GenerationPlan:
 class AccelerationPolicy(Protocol):
     """Decides what of a generation is computed."""
 
-    name: str
+    name: ClassVar[str]
 
     def plan(
         self, schedule: ScaleSchedule, *, guided: bool, stop_after: int | None, guidance_at: tuple[int, ...]

@@ -74,7 +74,7 @@ def encode_scales(latents: Float[Array, "B h w C"], grids: Sequence[Grid]) -> Qu
     return Quantized(total, tuple(bits), tuple(area_inputs))
 
 
-def decode_scales(bits: Sequence[UInt8[Array, "B h w C"]], size: Grid) -> Float[Array, "B out_h out_w C"]:
+def decode_scales(bits: Sequence[UInt8[Array, "B _ _ C"]], size: Grid) -> Float[Array, "B out_h out_w C"]:
     """Sum of the codes of all scales, each resized to ``size``: the decoder's input."""
     return sum(
         (resize_bilinear(bits_to_codes(scale), size) for scale in bits[1:]),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import attention
-from toprovar_jax.config import InfinityConfig
+from toprovar_jax.config import InfinityConfig, Precision
 from toprovar_jax.model.layers import LayerNorm, Linear, compute_dtype, modulate, normalise
 from toprovar_jax.model.rope import RotaryTable, rotate
 from toprovar_jax.shapes import Array, Float
@@ -72,7 +72,8 @@ class CrossAttention(nnx.Module):
         rows, length, width = text.shape
         key, value = jnp.split(self.key_value(text), 2, axis=-1)
         value = value + self.value_bias[...].astype(value.dtype)[None, None]
-        return tuple(part.reshape(rows, length, heads, width // heads) for part in (key, value))
+        shape = (rows, length, heads, width // heads)
+        return key.reshape(shape), value.reshape(shape)
 
     def __call__(self, x: Float[Array, "R T D"], text: LayerText) -> Float[Array, "R T D"]:
         """Attend to the visible text rows."""
@@ -108,7 +109,7 @@ class Block(nnx.Module):
         self.cross_attention = CrossAttention(config, rngs=rngs)
         self.feed_forward = FeedForward(config, rngs=rngs)
         self.epsilon = config.norm_epsilon
-        self.precision = config.precision
+        self.precision: Precision = config.precision
 
     def __call__(
         self,

@@ -34,7 +34,7 @@ class Linear(nnx.Module):
         deviation = gain * math.sqrt(1 / (3 * model_width))
         self.kernel = nnx.Param(deviation * jax.random.normal(rngs.params(), (width_in, width_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width_out,), jnp.float32)) if use_bias else None
-        self.precision = precision
+        self.precision: Precision = precision
 
     def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
         """Apply the map to the last axis."""
@@ -96,6 +96,6 @@ def modulate(x: Float[Array, "R T D"], scale: Float[Array, "R D"], shift: Float[
     return x * (1.0 + scale[:, None]) + shift[:, None]
 
 
-def along_last(vector: Float[Array, D], like: Array) -> Array:
+def along_last(vector: Float[Array, " D"], like: Array) -> Array:
     """``vector`` with leading unit axes, to combine with the last axis of ``like``."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)

@@ -43,7 +43,7 @@ class Infinity(nnx.Module):
         self.start = nnx.Param(deviation * jax.random.normal(rngs.params(), (width,), jnp.float32))
         self.level_embedding = nnx.Param(deviation * jax.random.normal(rngs.params(), (LEVELS, width), jnp.float32))
         self.word_embedding = Linear(config.token_bits, width, **options)
-        self.shared_modulation = Linear(width, 6 * width, **(options | {"precision": "exact"}))
+        self.shared_modulation = Linear(width, 6 * width, model_width=width, precision="exact", rngs=rngs)
         self.layers = stack_layers(config, rngs)
         self.head = BitHead(config, rngs=rngs)
 

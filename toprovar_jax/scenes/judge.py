@@ -44,11 +44,11 @@ class Verdicts(NamedTuple):
       confidence: probability of ``shape`` in the network's opinion.
     """
 
-    found: Bool[Array, "B"]
-    shape: Int[Array, "B"]
-    colour: Int[Array, "B"]
+    found: Bool[Array, " B"]
+    shape: Int[Array, " B"]
+    colour: Int[Array, " B"]
     position: Float[Array, "B 2"]
-    confidence: Float[Array, "B"]
+    confidence: Float[Array, " B"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Judge:
         return _judge(dict(self.weights), pixels)
 
 
-def agreement(verdicts: Verdicts, shape: Int[Array, "B"], colour: Int[Array, "B"]) -> Bool[Array, "B"]:
+def agreement(verdicts: Verdicts, shape: Int[Array, " B"], colour: Int[Array, " B"]) -> Bool[Array, " B"]:
     """Whether each picture shows one object of the wanted ``shape`` and ``colour``; -1 stands for "any"."""
     right_shape = (shape < 0) | (verdicts.shape == shape)
     right_colour = (colour < 0) | (verdicts.colour == colour)

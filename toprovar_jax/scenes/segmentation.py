@@ -31,8 +31,8 @@ class Segment(NamedTuple):
       box: its bounding box (top, bottom, left, right) in pixels, ends exclusive.
     """
 
-    found: Bool[Array, "B"]
-    colour: Int[Array, "B"]
+    found: Bool[Array, " B"]
+    colour: Int[Array, " B"]
     mask: Bool[Array, "B h w"]
     box: Int[Array, "B 4"]
 

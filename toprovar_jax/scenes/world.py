@@ -63,11 +63,11 @@ class Scenes(NamedTuple):
       yaw: turn about the vertical axis in radians; only visible on cubes.
     """
 
-    shape: Int[Array, "B"]
-    colour: Int[Array, "B"]
+    shape: Int[Array, " B"]
+    colour: Int[Array, " B"]
     position: Float[Array, "B 2"]
-    size: Float[Array, "B"]
-    yaw: Float[Array, "B"]
+    size: Float[Array, " B"]
+    yaw: Float[Array, " B"]
 
 
 def sample_scenes(key: Key[Array, ""], batch: int) -> Scenes:
@@ -95,7 +95,7 @@ def sample_scenes(key: Key[Array, ""], batch: int) -> Scenes:
     return Scenes(kind % len(SHAPES), kind // len(SHAPES), jnp.stack([x, z], axis=-1), size, yaw)
 
 
-def depth_range(size: Float[Array, "B"]) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+def depth_range(size: Float[Array, " B"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """The nearest and the farthest z at which an object of ``size`` is still inside the picture's height.
 
     The bounds hold for the largest silhouette, a cube seen corner on.
@@ -110,7 +110,7 @@ def depth_range(size: Float[Array, "B"]) -> tuple[Float[Array, "B"], Float[Array
     return near, jnp.minimum(far, FAR_LIMIT)
 
 
-def side_limit(size: Float[Array, "B"], z: Float[Array, "B"]) -> Float[Array, "B"]:
+def side_limit(size: Float[Array, " B"], z: Float[Array, " B"]) -> Float[Array, " B"]:
     """The largest |x| at which an object of ``size`` at depth ``z`` is still inside the picture's width."""
     rise = 2.0 * CUBE_HALF_SIDE * size - CAMERA_TARGET_HEIGHT
     distance = CAMERA_DISTANCE + z * math.cos(CAMERA_PITCH) - rise * math.sin(CAMERA_PITCH)

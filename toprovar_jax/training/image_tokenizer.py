@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 
 from toprovar_jax.config import ImageTokenizerConfig
-from toprovar_jax.image_tokenizer.autoencoder import ImageTokenizer
+from toprovar_jax.image_tokenizer.autoencoder import Encoder, ImageTokenizer
 from toprovar_jax.image_tokenizer.bsq import bits_to_codes, latents_to_bits
 from toprovar_jax.image_tokenizer.resize import resize_area, resize_bilinear
 from toprovar_jax.schedule import Grid
@@ -102,7 +102,7 @@ class TokenizerTrainer:
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         average = moving_average(state.average, parameters, self.training.ema_decay, state.step)
-        return TokenizerState(parameters, average, optimizer, state.step + 1), metrics
+        return TokenizerState(cast(nnx.State, parameters), average, optimizer, state.step + 1), metrics
 
     @functools.partial(jax.jit, static_argnums=0)
     def finish(self, state: TokenizerState, images: Float[Array, "B h w 3"]) -> ImageTokenizer:
@@ -113,7 +113,7 @@ class TokenizerTrainer:
         tokenizer = nnx.merge(self.graph, state.average)
         raw = tokenizer.encode(images)
         factor = self._gain * jax.lax.rsqrt(jnp.var(raw, axis=(0, 1, 2)) + 1e-6)
-        last = tokenizer.encoder.conv_out
+        last = cast(Encoder, tokenizer.encoder).conv_out
         last.kernel[...] = last.kernel[...] * factor[None, None, None]
         last.bias[...] = (last.bias[...] - jnp.mean(raw, axis=(0, 1, 2))) * factor
         return tokenizer
@@ -173,8 +173,9 @@ class TokenizerTrainer:
 
 def moving_average(average: Any, parameters: Any, decay: float, step: Int[Array, ""]) -> Any:
     """Exponential moving average whose memory grows with the run until it has reached ``decay``."""
-    decay = jnp.minimum(decay, (1.0 + step.astype(jnp.float32)) / (10.0 + step.astype(jnp.float32)))
-    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, parameters)
+    count = step.astype(jnp.float32)
+    kept = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+    return jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, parameters)
 
 
 def residual_sums(latents: Float[Array, "B h w C"], grids: tuple[Grid, ...]) -> list[Float[Array, "B h w C"]]:

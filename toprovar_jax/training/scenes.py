@@ -326,7 +326,7 @@ def main(arguments: list[str] | None = None, recipe: Recipe = SCENES_SMALL) -> i
         stage: Annotated[Literal["tokenizer", "transformer", "export", "all"], tyro.conf.Positional],
         directory: Path,
         tokenizer_steps: int = 3400,
-        steps: int = 6000,
+        steps: int = 4200,
     ) -> Any:
         """Train and export the embedded model.
 

@@ -1,0 +1,138 @@
+"""From a model folder to networks on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from convert import image_tokenizer as image_tokenizer_table
+from convert import infinity as infinity_table
+from convert import t5 as t5_table
+from convert.rules import Rule, official_state_dict, prepare_filling
+from convert.safetensors_io import open_safetensors, save_safetensors
+from toprovar_jax.config import Precision
+from toprovar_jax.errors import UserInputError
+from toprovar_jax.generation import InfinityModel
+from toprovar_jax.hub import CARD
+from toprovar_jax.image_tokenizer import ImageTokenizer
+from toprovar_jax.model import Infinity
+from toprovar_jax.model_card import ModelCard
+from toprovar_jax.presets import PRESETS
+from toprovar_jax.text_encoder import T5Encoder, TextTokenizer
+
+TRANSFORMER, IMAGE_TOKENIZER, TEXT_ENCODER = (
+    f"{name}.safetensors" for name in ("transformer", "image_tokenizer", "text_encoder")
+)
+TOKENIZER = "tokenizer.json"
+
+Network = TypeVar("Network", bound=nnx.Module)
+Tensors = Mapping[str, Callable[[], np.ndarray]]
+
+
+class LoadedModel(NamedTuple):
+    """A model ready to run."""
+
+    card: ModelCard
+    networks: InfinityModel
+    tokenizer: TextTokenizer
+
+
+def load_model(folder: Path, *, precision: Precision, with_encoder: bool = False) -> LoadedModel:
+    """Load a model folder: ``model.json``, three safetensors files under the official names, ``tokenizer.json``.
+
+    Parameters are float32 for ``exact``; for ``fast``, what enters matrix products of the blocks, the text encoder
+    and the image tokenizer is bfloat16 and the rest float32.
+
+    Args:
+      folder: the model's files.
+      precision: how it will be computed.
+      with_encoder: also load the image tokenizer's encoder, which generation does not need.
+
+    Raises:
+      UserInputError: a file that is missing, cut short or foreign, or tensors that do not fit the description.
+    """
+    card = ModelCard.read(folder / CARD, PRESETS).with_precision(precision)
+    tokenizer = TextTokenizer.from_file(folder / TOKENIZER)
+    if tokenizer.vocab_size > card.text_encoder.vocab_size:
+        raise UserInputError(
+            f"tokenizer {folder / TOKENIZER} with {tokenizer.vocab_size} entries",
+            f"must have at most the text encoder's {card.text_encoder.vocab_size}",
+            "use the tokenizer that belongs to the model",
+        )
+
+    def parameter_dtype(target: str):
+        return jnp.bfloat16 if precision == "fast" and target.endswith(_MATRICES) else jnp.float32
+
+    paths = [folder / name for name in (TRANSFORMER, IMAGE_TOKENIZER, TEXT_ENCODER)]
+    sources = [open_safetensors(path) for path in paths]
+    transformer = _prepared(
+        lambda: Infinity(card.transformer, rngs=nnx.Rngs(0)),
+        infinity_table.rules(card.transformer),
+        sources[0],
+        source=str(paths[0]),
+        canonical=infinity_table.canonical_names(sources[0], card.transformer),
+        dtype=lambda target: parameter_dtype(target) if target.startswith("layers.") else jnp.float32,
+    )
+    image_tokenizer = _prepared(
+        lambda: ImageTokenizer(card.image_tokenizer, rngs=nnx.Rngs(0), with_encoder=with_encoder),
+        image_tokenizer_table.rules(card.image_tokenizer, with_encoder=with_encoder),
+        sources[1],
+        source=str(paths[1]),
+        canonical=lambda name: image_tokenizer_table.canonical_name(name, with_encoder=with_encoder),
+        dtype=parameter_dtype,
+    )
+    text_encoder = _prepared(
+        lambda: T5Encoder(card.text_encoder, rngs=nnx.Rngs(0)),
+        t5_table.rules(card.text_encoder),
+        sources[2],
+        source=str(paths[2]),
+        canonical=t5_table.canonical_name,
+        dtype=parameter_dtype,
+    )
+    # All three have been checked by now; only then is anything placed.
+    return LoadedModel(card, InfinityModel(transformer(), image_tokenizer(), text_encoder()), tokenizer)
+
+
+def _prepared(
+    build: Callable[[], Network], rules: list[Rule], tensors: Tensors, **options: Any
+) -> Callable[[], Network]:
+    """What makes the network of ``build`` from ``tensors``, which have been checked, in place of its random numbers."""
+    return cast(Callable[[], Network], prepare_filling(nnx.eval_shape(build), rules, tensors, **options))
+
+
+_MATRICES = (
+    *("kernel", "embedding"),
+    *(f"layers.attention.{name}" for name in ("query", "key", "value", "output")),
+    *(f"layers.feed_forward.{name}" for name in ("gate", "up", "down")),
+)
+
+
+def save_model(folder: Path, card: ModelCard, networks: InfinityModel, tokenizer_json: str) -> None:
+    """Write a model folder that :func:`load_model` reads; weights are bfloat16 under the official names.
+
+    Args:
+      folder: made if it is not there.
+      card: written last, so that a folder with a card is complete.
+      networks: all three, the image tokenizer with its encoder.
+      tokenizer_json: the text of a ``tokenizer.json``.
+
+    Raises:
+      ValueError: there is no text encoder.
+    """
+    if networks.text_encoder is None:
+        raise ValueError("a model without text encoder cannot be saved: load_model needs all three networks")
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = (
+        (TRANSFORMER, networks.transformer, infinity_table.rules(card.transformer)),
+        (IMAGE_TOKENIZER, networks.image_tokenizer, image_tokenizer_table.rules(card.image_tokenizer)),
+        (TEXT_ENCODER, networks.text_encoder, t5_table.rules(card.text_encoder)),
+    )
+    for name, module, rules in parts:
+        save_safetensors(folder / name, official_state_dict(module, rules), {"format": "pt", "model": card.name})
+    (folder / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+    (folder / CARD).write_text(card.to_json(), encoding="utf-8")

@@ -1,0 +1,328 @@
+"""The pipeline: strings in, pictures out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from PIL import Image
+
+from toprovar_jax.acceleration import policy_named
+from toprovar_jax.config import Precision
+from toprovar_jax.drivers import Drawn, Drivers, OnScaleEnd, TokenArrays
+from toprovar_jax.errors import UserInputError
+from toprovar_jax.generation import make_plan
+from toprovar_jax.hub import find_model
+from toprovar_jax.images import to_uint8
+from toprovar_jax.loading import LoadedModel, load_model
+from toprovar_jax.outputs import PipelineOutput
+from toprovar_jax.request import (
+    Number,
+    Numbers,
+    ResolvedRequest,
+    cut_warnings,
+    negatives_of,
+    per_scale,
+    plain_numbers,
+    scenes_warnings,
+    seeds_of,
+    texts_of,
+)
+from toprovar_jax.sampling import Sampling, ScaleSampling
+from toprovar_jax.settings import check_setting
+from toprovar_jax.shapes import Array, Key
+from toprovar_jax.text_encoder import TokenBatch
+from toprovar_jax.timings import Timings
+
+OutputType = Literal["pil", "np", "jax"]
+
+
+class InfinityPipeline:
+    """A loaded model that makes pictures of prompts.
+
+    Use :meth:`from_pretrained`. What the user leaves out takes the model's defaults (``pipeline.default_guidance``
+    and so on). With ``precision="exact"`` pictures are computed one by one and a picture's bits depend on its prompt,
+    settings and seed alone; with ``"fast"`` a batch is computed at once.
+    """
+
+    def __init__(self, loaded: LoadedModel, *, load_seconds: float = 0.0):
+        self.card, self.networks, self.tokenizer = loaded
+        self.drivers = Drivers(loaded.networks)
+        self._load_seconds = load_seconds
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_dir: str | os.PathLike[str] | None = None, *, precision: Precision | None = None
+    ) -> InfinityPipeline:
+        """Load a model.
+
+        Args:
+          name_or_dir: a model folder or a name of ``toprovar_jax.list_models()``; None for the embedded model.
+          precision: ``"exact"`` (float32) or ``"fast"`` (bfloat16 products); default exact on CPU, fast elsewhere.
+
+        Raises:
+          UserInputError: an unknown model, or files that are missing, cut short or do not fit.
+        """
+        start = time.perf_counter()
+        if precision not in (None, "exact", "fast"):
+            raise UserInputError(
+                f"precision {precision!r}", "must be exact or fast", "leave it out to choose by device"
+            )
+        folder = find_model(name_or_dir)
+        if precision is None:
+            precision = "exact" if jax.default_backend() == "cpu" else "fast"
+        loaded = load_model(folder, precision=precision)
+        return cls(loaded, load_seconds=time.perf_counter() - start)
+
+    @property
+    def model_name(self) -> str:
+        """The model's name."""
+        return self.card.name
+
+    @property
+    def default_guidance(self) -> float:
+        """Guidance scale where none is given."""
+        return self.card.guidance
+
+    @property
+    def default_tau(self) -> float:
+        """Temperature where none is given."""
+        return self.card.tau
+
+    @property
+    def default_top_k(self) -> int:
+        """Top-k where none is given."""
+        return self.card.top_k
+
+    @property
+    def default_top_p(self) -> float:
+        """Top-p where none is given."""
+        return self.card.top_p
+
+    @property
+    def default_pixels(self) -> str:
+        """Pixel budget where none is given."""
+        return self.card.default_pixels
+
+    def resolve(
+        self,
+        prompt: str | Iterable[str],
+        *,
+        seed: Numbers = 0,
+        policy: str = "dense",
+        guidance_scale: Numbers | None = None,
+        tau: Numbers | None = None,
+        top_k: Number | None = None,
+        top_p: Number | None = None,
+        aspect_ratio: str = "1:1",
+        pixels: str | None = None,
+        negative_prompt: str | Iterable[str] | None = None,
+        num_images_per_prompt: Number = 1,
+        stop_after_scale: Number | None = None,
+        strict: bool = False,
+    ) -> ResolvedRequest:
+        """Check a request and fill in the defaults; no device work.
+
+        Takes what :meth:`__call__` takes, and raises what it raises.
+        """
+        per_prompt = check_setting("num_images", plain_numbers(num_images_per_prompt), label="num_images_per_prompt")
+        prompts = texts_of("prompt", prompt)
+        given_seeds = seeds_of(seed, len(prompts), per_prompt)
+        prompts = tuple(text for text in prompts for _ in range(per_prompt))
+        schedule = self.card.schedule(
+            check_setting("aspect_ratio", aspect_ratio),
+            None if pixels is None else check_setting("pixels", pixels),
+        )
+        count = len(schedule)
+        sampling = Sampling(
+            per_scale("guidance", self.card.guidance if guidance_scale is None else guidance_scale, count),
+            per_scale("tau", self.card.tau if tau is None else tau, count),
+            check_setting("top_k", plain_numbers(self.card.top_k if top_k is None else top_k)),
+            check_setting("top_p", plain_numbers(self.card.top_p if top_p is None else top_p)),
+        )
+        stop = stop_after_scale
+        stop_after = None if stop is None else check_setting("stop_after_scale", plain_numbers(stop))
+        chosen = policy_named(check_setting("policy", policy))
+        plan = make_plan(schedule, sampling, chosen, stop_after=stop_after)
+        negatives = negatives_of(negative_prompt, len(prompts), per_prompt)
+        tokens = self._tokenize("prompt", prompts, strict)
+        arrays, warnings = TokenArrays(tokens.ids, tokens.lengths), cut_warnings("prompt", prompts, tokens)
+        if self.card.world == "scenes":
+            warnings += scenes_warnings(prompts)
+        if schedule.aspect_ratio != "1:1" and self.card.world is not None:
+            warnings.append(f"model {self.model_name} was trained at aspect ratio 1:1 only; expect a worse picture")
+        if negatives is not None:
+            others = self._tokenize("negative_prompt", negatives, strict)
+            arrays = TokenArrays(tokens.ids, tokens.lengths, others.ids, others.lengths)
+            warnings += cut_warnings("negative prompt", negatives, others)
+            if not plan.guided:
+                warnings.append("negative prompt: has no effect at guidance 1; raise the guidance scale")
+        return ResolvedRequest(
+            prompts, given_seeds, negatives, schedule.pixel_size, plan, sampling, arrays, tuple(dict.fromkeys(warnings))
+        )
+
+    def __call__(
+        self,
+        prompt: str | Iterable[str],
+        *,
+        output_type: OutputType = "pil",
+        callback_on_scale_end: OnScaleEnd | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> PipelineOutput:
+        """Make pictures.
+
+        Args:
+          prompt: one prompt or several.
+          output_type: ``"pil"`` pictures, or float arrays in [0, 1] as ``"np"`` or ``"jax"``.
+          callback_on_scale_end: called with ``(index, num_scales, info)`` after every scale; raising stops the call.
+            ``info`` holds the scale's ``grid``, its ``seconds``, the summed ``latents`` and ``images``, the indices of
+            the pictures they belong to.
+          progress: show a bar over the scales on stderr.
+          **options: of :meth:`resolve`:
+            ``seed`` (an integer, image k of each prompt then has ``seed + k``; or one per prompt, or one per image),
+            ``policy``, ``guidance_scale`` and ``tau`` (a number, or one per scale), ``top_k``, ``top_p``,
+            ``aspect_ratio`` (``"height:width"``), ``pixels`` (the budget's name), ``negative_prompt``,
+            ``num_images_per_prompt``, ``stop_after_scale``, ``strict`` (refuse prompts that are too long).
+
+        Returns:
+          Images, seeds, prompts, timings, the plan and warnings.
+
+        Raises:
+          UserInputError: anything that cannot be done as asked, before any device work.
+        """
+        start = time.perf_counter()
+        if output_type not in ("pil", "np", "jax"):
+            raise UserInputError(f"output_type {output_type!r}", "must be pil, np or jax", "choose one of them")
+        if callback_on_scale_end is not None and not callable(callback_on_scale_end):
+            raise UserInputError(
+                f"callback_on_scale_end {callback_on_scale_end!r}", "must be a function", "leave it out for none"
+            )
+        request = self.resolve(prompt, **options)
+        before = dict(self.drivers.seconds)
+        with _Progress(request, progress, self._rounds(request)) as bar:
+            drawn = self._draw(request, _both(callback_on_scale_end, bar.on_scale_end if progress else None))
+        images, bits = _assemble(drawn, output_type)
+        spent = {name: seconds - before[name] for name, seconds in self.drivers.seconds.items()}
+        timings = Timings(load=self._load_seconds, total=time.perf_counter() - start, **spent)
+        return PipelineOutput(images, request.seeds, request.prompts, timings, request.plan, request.warnings, bits)
+
+    def warmup(self, *, batch_size: int = 1, **options: Any) -> int:
+        """Compile everything that calls with these options will need, by making and discarding pictures.
+
+        Args:
+          batch_size: prompts per call; with ``precision="exact"`` one warm-up serves every number of them.
+          **options: of :meth:`__call__`, but the prompt. Give ``progress`` or a callback here too if calls will have
+            one: with ``precision="fast"`` scales are then compiled one by one.
+
+        Returns:
+          How many programs are compiled by now.
+        """
+        self(["warm up"] * batch_size, **options)
+        return self.drivers.num_executables
+
+    def _rounds(self, request: ResolvedRequest) -> int:
+        return request.batch_size if self._one_by_one else 1
+
+    @property
+    def _one_by_one(self) -> bool:
+        return self.card.transformer.precision == "exact"
+
+    def _draw(self, request: ResolvedRequest, on_scale_end: OnScaleEnd | None) -> list[Drawn]:
+        sampling = _on_device(request.sampling, len(request.plan.schedule))
+        everything = range(request.batch_size)
+        if not self._one_by_one and on_scale_end is None:
+            return [self.drivers.fused(request.tokens, _keys(request.seeds), sampling, request.plan)]
+        rounds = [[i] for i in everything] if self._one_by_one else [list(everything)]
+        drawn = []
+        for images in rounds:
+            tokens = request.tokens.images(images)
+            keys = _keys([request.seeds[i] for i in images])
+            report = _naming(on_scale_end, images)
+            drawn.append(self.drivers.stepwise(tokens, keys, sampling, request.plan, report))
+        return drawn
+
+    def _tokenize(self, name: str, texts: Sequence[str], strict: bool) -> TokenBatch:
+        try:
+            return self.tokenizer.encode(texts, max_length=self.card.transformer.text_length, strict=strict)
+        except UserInputError as error:
+            if name == "prompt":
+                raise
+            raise UserInputError(f"{name}: {error.value}", error.rule, error.remedy) from None
+
+
+def _on_device(sampling: Sampling, num_scales: int) -> ScaleSampling:
+    """As arrays, filled on the host: filling them on the device would compile a program per form of the input."""
+
+    def per_scale(value: Any) -> Array:
+        return jax.device_put(np.broadcast_to(np.asarray(value, np.float32), (num_scales,)))
+
+    return ScaleSampling(
+        per_scale(sampling.guidance),
+        per_scale(sampling.tau),
+        jax.device_put(np.int32(min(sampling.top_k, np.iinfo(np.int32).max))),
+        jax.device_put(np.float32(sampling.top_p)),
+    )
+
+
+def _keys(seeds: Sequence[int]) -> Key[Array, " B"]:
+    return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+
+
+def _assemble(drawn: Sequence[Drawn], output_type: OutputType) -> tuple[Any, tuple[np.ndarray, ...]]:
+    bits = tuple(np.concatenate(scale) for scale in zip(*(part.bits for part in drawn), strict=True))
+    if output_type == "jax" and len(drawn) == 1:
+        return drawn[0].images, bits
+    images = np.concatenate([part.images for part in drawn])
+    if output_type == "jax":
+        return jax.device_put(images), bits
+    if output_type == "np":
+        return images, bits
+    return [Image.fromarray(picture) for picture in to_uint8(images)], bits
+
+
+def _naming(on_scale_end: OnScaleEnd | None, images: Sequence[int]) -> OnScaleEnd | None:
+    """``on_scale_end``, told as well which pictures it is about."""
+    if on_scale_end is None:
+        return None
+
+    def call(index: int, count: int, info: dict[str, Any]) -> None:
+        on_scale_end(index, count, info | {"images": tuple(images)})
+
+    return call
+
+
+def _both(first: OnScaleEnd | None, second: OnScaleEnd | None) -> OnScaleEnd | None:
+    if first is None or second is None:
+        return first or second
+
+    def call(index: int, count: int, info: dict[str, Any]) -> None:
+        second(index, count, info)
+        first(index, count, info)
+
+    return call
+
+
+class _Progress:
+    """A bar over all scales of all rounds; nothing where it is switched off."""
+
+    def __init__(self, request: ResolvedRequest, enabled: bool, rounds: int):
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=request.plan.num_run * rounds, desc="scales", unit="scale", disable=not enabled)
+
+    def on_scale_end(self, index: int, count: int, info: dict[str, Any]) -> None:
+        del index, count
+        height, width = info["grid"]
+        self.bar.set_postfix_str(f"{height}x{width}")
+        self.bar.update()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
