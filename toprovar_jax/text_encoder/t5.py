@@ -17,11 +17,16 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan: int) -> nnx.Param:
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * fan**-0.5)
 
 
+def _product(equation: str, left: Array, right: Array, dtype: str) -> Array:
+    """An einsum of operands in ``dtype`` with a float32 result; float32 operands are never rounded on the way."""
+    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+    left, right = left.astype(dtype), right.astype(dtype)
+    return jnp.einsum(equation, left, right, precision=precision, preferred_element_type=jnp.float32)
+
+
 def _matmul(inputs: Array, kernel: nnx.Param, dtype: str) -> Array:
     """``inputs @ kernel`` over the last axis: operands in ``dtype``, result in float32."""
-    return jnp.einsum(
-        "...i,io->...o", inputs.astype(dtype), kernel[...].astype(dtype), preferred_element_type=jnp.float32
-    )
+    return _product("...i,io->...o", inputs, kernel[...], dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -54,11 +59,11 @@ class SelfAttention(nnx.Module):
         dtype = self.config.compute_dtype
         heads = (*hidden.shape[:2], self.config.num_heads, self.config.head_dim)
         query, key, value = (
-            _matmul(hidden, kernel, dtype).reshape(heads).astype(dtype) for kernel in (self.query, self.key, self.value)
+            _matmul(hidden, kernel, dtype).reshape(heads) for kernel in (self.query, self.key, self.value)
         )
-        logits = jnp.einsum("bqnh,bknh->bnqk", query, key, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits + logit_bias, axis=-1).astype(dtype)
-        mixed = jnp.einsum("bnqk,bknh->bqnh", weights, value, preferred_element_type=jnp.float32)
+        logits = _product("bqnh,bknh->bnqk", query, key, dtype)
+        weights = jax.nn.softmax(logits + logit_bias, axis=-1)
+        mixed = _product("bnqk,bknh->bqnh", weights, value, dtype)
         return _matmul(mixed.reshape(*hidden.shape[:2], -1), self.output, dtype)
 
 
