@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxtyping import TypeCheckError
 
 from toprovar_jax.acceleration import Dense
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.generation import (
     InfinityModel,
     advance,
+    check_shapes,
     condition_on,
     encode_text,
     generate,
@@ -366,3 +368,59 @@ def test_a_model_without_text_encoder_says_so(model):
     tokens, lengths = jnp.ones((1, 4), jnp.int32), jnp.array([3], jnp.int32)
     with pytest.raises(ValueError, match="no text encoder"):
         encode_text(model, tokens, lengths)
+
+
+@pytest.mark.parametrize("replicated", [False, True], ids=["prompts per device", "one prompt for all"])
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_runs_inside_shard_map_with_its_default_checks(precision, replicated, four):
+    model = tiny.model(precision=precision)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    spec, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("d")
+
+    def run(model, text, keys):
+        return _generate(model, text, keys, numbers()).bits
+
+    text = tiny.text(1) if replicated else tiny.text()
+    shards = jax.shard_map(run, mesh=mesh, in_specs=(spec, spec if replicated else split, split), out_specs=split)
+    bits = jax.jit(shards)(model, text, tiny.keys())
+    if precision == "exact":
+        for got, wanted in zip(bits, four.bits, strict=True):
+            rows = slice(0, 1) if replicated else slice(None)
+            np.testing.assert_array_equal(got[rows], wanted[rows])
+    assert all(scale.shape[0] == 4 for scale in bits)
+
+
+MISFITS = {
+    "too few keys": lambda text, keys: (text, keys[:2], {}),
+    "one key": lambda text, keys: (text, keys[0], {}),
+    "raw keys": lambda text, keys: (text, jax.random.key_data(keys), {}),
+    "wide features": lambda text, keys: (text._replace(features=jnp.zeros((4, 12, 7))), keys, {}),
+    "long features": lambda text, keys: (text._replace(features=jnp.zeros((4, 99, 128))), keys, {}),
+    "negative features alone": lambda text, keys: (text._replace(negative_features=text.features), keys, {}),
+    "forced bits of one image": lambda text, keys: (
+        text,
+        keys,
+        {"forced_bits": [jnp.zeros((1, 1, BITS), jnp.uint8)]},
+    ),
+    "forced bits of another grid": lambda text, keys: (
+        text,
+        keys,
+        {"forced_bits": [jnp.zeros((4, 4, BITS), jnp.uint8)]},
+    ),
+    "patchified schedule": lambda text, keys: (
+        text,
+        keys,
+        {"schedule": ScaleSchedule.of("1:1", SCALES, latent_per_token=2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_what_does_not_fit_is_refused_in_one_line(model, misfit):
+    text, keys, options = MISFITS[misfit](tiny.text(), tiny.keys())
+    with pytest.raises((UserInputError, TypeCheckError)):  # annotations are checked here, not at a user's
+        _generate(model, text, keys, Sampling(), **options)
+    schedule, forced = options.get("schedule", SCHEDULE), options.get("forced_bits", ())
+    with pytest.raises(UserInputError) as error:
+        check_shapes(model, text, keys, schedule, forced)
+    assert "\n" not in str(error.value)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from toprovar_jax import InfinityPipeline
+from toprovar_jax.acceleration import Dense
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.images import to_uint8
 
@@ -518,3 +519,24 @@ def test_without_a_name_the_embedded_model_is_loaded():
     (warning,) = pipe.resolve("two cats").warnings
     assert "cats" in warning
     assert "--model" in warning
+
+
+def test_a_policy_may_be_given_as_an_object(pipe):
+    assert pipe.resolve("a red cone", policy=Dense()).plan == pipe.resolve("a red cone", policy="dense").plan
+
+
+def test_an_unknown_option_is_refused_with_a_suggestion(pipe):
+    with pytest.raises(UserInputError, match="did you mean guidance_scale"):
+        pipe("a red cone", guidance_scal=2.0)
+
+
+@pytest.mark.parametrize("option", [{"tau": 1e-39}, {"tau": 1e39}, {"guidance_scale": 1e39}, {"tau": [1.0, 1.0, 1e-6]}])
+def test_numbers_that_float32_cannot_carry_are_refused(pipe, option):
+    with pytest.raises(UserInputError, match="must be from"):
+        pipe.resolve("a red cone", **option)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_warmup_names_a_bad_batch_size(pipe, size):
+    with pytest.raises(UserInputError, match="batch_size"):
+        pipe.warmup(batch_size=size)

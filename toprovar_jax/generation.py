@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from pallas_kernels.varying import as_varying
 from toprovar_jax.acceleration.dense import Dense
 from toprovar_jax.acceleration.plan import AccelerationPolicy, GenerationPlan
+from toprovar_jax.errors import UserInputError
 from toprovar_jax.image_tokenizer.autoencoder import ImageTokenizer
 from toprovar_jax.image_tokenizer.bsq import bits_to_codes, next_scale_input, tokens_to_bits
 from toprovar_jax.image_tokenizer.resize import resize_bilinear
@@ -232,7 +234,7 @@ def run_scales(
     forced: Sequence[UInt8[Array, "B _ Z"]] = (),
 ) -> tuple[Float[Array, "B h w C"], tuple[UInt8[Array, "B _ Z"], ...], Float[Array, "B scales"]]:
     """All scales of a plan in one trace: summed codes, bits per scale, certainty per image and scale."""
-    state = initial_state(transformer, plan, keys.shape[0])
+    state = as_varying(initial_state(transformer, plan, keys.shape[0]), (keys, condition, sampling))
     bits, certainty = [], []
     for scale in range(plan.num_run):
         given = forced[scale] if scale < len(forced) else None
@@ -287,9 +289,13 @@ def generate(
     Returns:
       Images in [0, 1], the bits of every scale, the summed codes, and statistics.
 
+    Raises:
+      UserInputError: batches, widths or grids that do not agree; a plan that cannot be made.
+
     With ``precision="exact"`` images are computed one by one, so that the tokens of an image do not depend on what
     else is in its batch, down to the last bit.
     """
+    check_shapes(model, text, keys, schedule, forced_bits)
     plan = make_plan(schedule, sampling, policy, stop_after=stop_after, guidance_at=guidance_at)
     numbers = sampling.for_scales(len(schedule))
 
@@ -301,11 +307,54 @@ def generate(
 
     arguments = (text, keys, tuple(forced_bits))
     if model.transformer.config.precision == "exact":
-        return _one_by_one(run, arguments, text.lengths)
+        return _one_by_one(run, arguments, numbers)
     return run(*arguments)
 
 
-def _one_by_one(run, arguments: Any, lengths: Int[Array, " B"]) -> Any:
+def check_shapes(
+    model: InfinityModel, text: Text, keys: Array, schedule: ScaleSchedule, forced_bits: Sequence[Array]
+) -> None:
+    """Refuse what does not fit; only shapes are looked at, so this works inside a trace."""
+    config = model.transformer.config
+    batch, length = text.features.shape[0], text.features.shape[1]
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != (batch,):
+        raise UserInputError(
+            f"keys of shape {keys.shape} and dtype {keys.dtype}",
+            f"must be {batch} PRNG keys, one per prompt",
+            "make them with jax.random.split(jax.random.key(seed), number)",
+        )
+    if length > config.text_length or text.features.shape[2] != config.text_width:
+        raise UserInputError(
+            f"text features of shape {text.features.shape}",
+            f"must be [B, P, {config.text_width}] with P at most {config.text_length}",
+            "make them with encode_text",
+        )
+    for name, array, wanted in (
+        ("text lengths", text.lengths, (batch,)),
+        ("negative features", text.negative_features, text.features.shape),
+        ("negative lengths", text.negative_lengths, (batch,)),
+    ):
+        if array is not None and array.shape != wanted:
+            raise UserInputError(f"{name} of shape {array.shape}", f"must have shape {wanted}", "pad them alike")
+    if (text.negative_features is None) != (text.negative_lengths is None):
+        raise UserInputError("negative text", "must have both features and lengths, or neither", "pass both")
+    if schedule.latent_per_token != config.latent_per_token:
+        raise UserInputError(
+            f"schedule with {schedule.latent_per_token} cells per token and axis",
+            f"must have the model's {config.latent_per_token}",
+            f"make it with latent_per_token={config.latent_per_token}",
+        )
+    if len(forced_bits) > len(schedule):
+        raise UserInputError(
+            f"forced bits of {len(forced_bits)} scales", f"must be {len(schedule)} at most", "cut them"
+        )
+    for scale, bits in enumerate(forced_bits):
+        wanted = (batch, schedule.token_counts[scale], config.token_bits)
+        if bits.shape != wanted:
+            raise UserInputError(f"forced bits of scale {scale}, shape {bits.shape}", f"must have {wanted}", "fix them")
+
+
+def _one_by_one(run, arguments: tuple[Text, Array, tuple[Array, ...]], numbers: ScaleSampling) -> Any:
     """``run`` on batches of one, in a loop whose body is the same program whatever the batch.
 
     The number of rounds is computed from data: a loop known to run once would be dissolved into its surroundings and
@@ -315,9 +364,10 @@ def _one_by_one(run, arguments: Any, lengths: Int[Array, " B"]) -> Any:
     def one(index):
         return run(*jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), arguments))
 
-    batch = lengths.shape[0]
+    lengths = arguments[0].lengths
     shapes = jax.eval_shape(one, jax.ShapeDtypeStruct((), jnp.int32))
-    empty = jax.tree.map(lambda x: jnp.zeros((batch, *x.shape[1:]), x.dtype), shapes)
+    empty = jax.tree.map(lambda x: jnp.zeros((lengths.shape[0], *x.shape[1:]), x.dtype), shapes)
+    empty = as_varying(empty, (arguments, numbers))
 
     def body(index, filled):
         return jax.tree.map(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -11,10 +12,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from toprovar_jax.acceleration import policy_named
+from toprovar_jax.acceleration import AccelerationPolicy, policy_named
 from toprovar_jax.config import Precision
 from toprovar_jax.drivers import Drawn, Drivers, OnScaleEnd, TokenArrays
-from toprovar_jax.errors import UserInputError
+from toprovar_jax.errors import UserInputError, unknown_name
 from toprovar_jax.generation import make_plan
 from toprovar_jax.hub import find_model
 from toprovar_jax.images import to_uint8
@@ -113,7 +114,7 @@ class InfinityPipeline:
         prompt: str | Iterable[str],
         *,
         seed: Numbers = 0,
-        policy: str = "dense",
+        policy: str | AccelerationPolicy = "dense",
         guidance_scale: Numbers | None = None,
         tau: Numbers | None = None,
         top_k: Number | None = None,
@@ -146,7 +147,7 @@ class InfinityPipeline:
         )
         stop = stop_after_scale
         stop_after = None if stop is None else check_setting("stop_after_scale", plain_numbers(stop))
-        chosen = policy_named(check_setting("policy", policy))
+        chosen = policy if isinstance(policy, AccelerationPolicy) else policy_named(check_setting("policy", policy))
         plan = make_plan(schedule, sampling, chosen, stop_after=stop_after)
         negatives = negatives_of(negative_prompt, len(prompts), per_prompt)
         tokens = self._tokenize("prompt", prompts, strict)
@@ -185,8 +186,8 @@ class InfinityPipeline:
           progress: show a bar over the scales on stderr.
           **options: of :meth:`resolve`:
             ``seed`` (an integer, image k of each prompt then has ``seed + k``; or one per prompt, or one per image),
-            ``policy``, ``guidance_scale`` and ``tau`` (a number, or one per scale), ``top_k``, ``top_p``,
-            ``aspect_ratio`` (``"height:width"``), ``pixels`` (the budget's name), ``negative_prompt``,
+            ``policy`` (a name or a policy), ``guidance_scale`` and ``tau`` (a number, or one per scale), ``top_k``,
+            ``top_p``, ``aspect_ratio`` (``"height:width"``), ``pixels`` (the budget's name), ``negative_prompt``,
             ``num_images_per_prompt``, ``stop_after_scale``, ``strict`` (refuse prompts that are too long).
 
         Returns:
@@ -202,6 +203,9 @@ class InfinityPipeline:
             raise UserInputError(
                 f"callback_on_scale_end {callback_on_scale_end!r}", "must be a function", "leave it out for none"
             )
+        for name in options:
+            if name not in _OPTIONS:
+                raise unknown_name("option", name, _OPTIONS)
         request = self.resolve(prompt, **options)
         before = dict(self.drivers.seconds)
         with _Progress(request, progress, self._rounds(request)) as bar:
@@ -214,6 +218,8 @@ class InfinityPipeline:
     def warmup(self, *, batch_size: int = 1, **options: Any) -> int:
         """Compile everything that calls with these options will need, by making and discarding pictures.
 
+        Guidance 1 at every scale leaves the unconditional rows out, so it has programs of its own.
+
         Args:
           batch_size: prompts per call; with ``precision="exact"`` one warm-up serves every number of them.
           **options: of :meth:`__call__`, but the prompt. Give ``progress`` or a callback here too if calls will have
@@ -222,6 +228,8 @@ class InfinityPipeline:
         Returns:
           How many programs are compiled by now.
         """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserInputError(f"batch_size {batch_size!r}", "must be an integer >= 1", "leave it out for 1")
         self(["warm up"] * batch_size, **options)
         return self.drivers.num_executables
 
@@ -253,6 +261,11 @@ class InfinityPipeline:
             if name == "prompt":
                 raise
             raise UserInputError(f"{name}: {error.value}", error.rule, error.remedy) from None
+
+
+_OPTIONS = tuple(
+    name for name in inspect.signature(InfinityPipeline.resolve).parameters if name not in ("self", "prompt")
+)
 
 
 def _on_device(sampling: Sampling, num_scales: int) -> ScaleSampling:

@@ -116,7 +116,15 @@ def per_scale(name: str, given: Numbers, count: int) -> float | tuple[float, ...
             f"must have one per scale ({count} at this size)",
             "or give one number",
         )
+    low, high = _RANGES[name]
+    for number in value if isinstance(value, tuple) else (value,):
+        if not low <= number <= high:
+            raise UserInputError(f"{name} {number:g}", f"must be from {low:g} to {high:g}", "values near 1 are usual")
     return value
+
+
+_RANGES = {"guidance": (0.0, 1000.0), "tau": (0.001, 1000.0)}
+"""Beyond these, float32 scores overflow or every bit is decided by rounding."""
 
 
 def cut_warnings(name: str, texts: Sequence[str], tokens: TokenBatch) -> list[str]:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention.online import accumulate, finalise, initial_rows
 from pallas_kernels.attention.output import AttentionOutput
 from pallas_kernels.attention.reference import dot_products, weighted_values
+from pallas_kernels.varying import as_varying
 
 
 def chunked_attention(
@@ -39,7 +40,7 @@ def chunked_attention(
         return (rows, out), None
 
     initial = (initial_rows((batch, heads, length, 1)), jnp.zeros((batch, length, heads, width), jnp.float32))
-    (rows, out), _ = jax.lax.scan(step, initial, jnp.arange(num_chunks))
+    (rows, out), _ = jax.lax.scan(step, as_varying(initial, (q, k, v, limit)), jnp.arange(num_chunks))
     inverse, log_sum_exp, entropy = finalise(rows, scale)
     out = (out * inverse.transpose(0, 2, 1, 3)).astype(v.dtype)
     return AttentionOutput(out, log_sum_exp[..., 0], entropy[..., 0] if with_entropy else None)

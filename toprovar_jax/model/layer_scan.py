@@ -8,11 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.varying import as_varying
 from toprovar_jax.shapes import Array, Int
 
 
 def scan_layers(
-    body: Callable[[Any, Any, Int[Array, ""]], Any], carry: Any, stacked: Any, start: int, stop: int, depth: int
+    body: Callable[[Any, Any, Int[Array, ""]], Any],
+    carry: Any,
+    stacked: Any,
+    start: int,
+    stop: int,
+    depth: int,
+    *,
+    data: Any = (),
 ) -> Any:
     """``carry = body(carry, layer, index)`` for the layers ``start`` to ``stop - 1``.
 
@@ -22,10 +30,12 @@ def scan_layers(
       stacked: pytree of arrays (or modules) with a leading axis of length ``depth``.
       start, stop: static range of layers.
       depth: how many there are in all.
+      data: what else the body reads that may differ between devices inside ``shard_map``.
 
     The whole stack is scanned as such, which differentiates well. A part of it is indexed instead of sliced: a slice
     of stacked weights would be copied first.
     """
+    carry = as_varying(carry, (carry, data))
     if (start, stop) == (0, depth):
 
         def whole(carry, item):

@@ -121,7 +121,7 @@ class Infinity(nnx.Module):
         for start, stop in itertools.pairwise(boundaries):
             if start in starts:
                 x = x + level
-            x, cache = scan_layers(body, (x, cache), stacked, start, stop, depth)
+            x, cache = scan_layers(body, (x, cache), stacked, start, stop, depth, data=condition)
             if stop - 1 in blend_after and guidance is not None:
                 conditional, unconditional = jnp.split(x, 2)
                 blended = guidance * conditional + (1.0 - guidance) * unconditional
@@ -177,5 +177,5 @@ class Infinity(nnx.Module):
         factors = jnp.ones((depth, 2, tokens.shape[0]), jnp.float32) if keep is None else keep
         stacked = (self.layers, condition.keys, condition.values, factors)
         x = tokens if every_chunk else tokens + level
-        x = scan_layers(body, x, stacked, 0, depth, depth)
+        x = scan_layers(body, x, stacked, 0, depth, depth, data=(condition, factors))
         return self.head(x, condition.head_modulation)
