@@ -61,7 +61,7 @@ def _linear(official: str, target: str, layer: int | None = None, *, bias: bool 
 
 def _outside_blocks(config: InfinityConfig) -> Iterator[Rule]:
     width, heads = config.width, config.pool_heads
-    yield Rule("cfg_uncond", "text.unconditional")
+    yield Rule("cfg_uncond", "text.unconditional", truncate=True)
     yield Rule("pos_start", "start", "reshape", (1, 1, width))
     yield Rule("text_norm.weight", "text.norm.scale")
     yield Rule("text_proj_for_sos.ca.mat_q", "text.pool.query", "reshape", (1, heads, width // heads))

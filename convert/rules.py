@@ -7,6 +7,8 @@ A table (one per model: :mod:`convert.infinity`, :mod:`convert.image_tokenizer`,
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -37,6 +39,7 @@ class Rule:
       layout: see :data:`Layout`.
       official_shape: for ``reshape``, the shape to write.
       layer: row of a parameter that is stacked over layers; None for one that is not.
+      truncate: whether a tensor with more rows than the model has gives its first ones.
     """
 
     official: str
@@ -44,6 +47,7 @@ class Rule:
     layout: Layout = "as_is"
     official_shape: tuple[int, ...] | None = None
     layer: int | None = None
+    truncate: bool = False
 
     def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """``tensor`` in our layout, a view; a tensor that cannot have ``shape`` comes back with another one."""
@@ -53,7 +57,7 @@ class Rule:
             tensor = tensor.transpose(2, 3, 1, 0)
         elif self.layout == "reshape" and _squeezed(tensor.shape) == _squeezed(shape):
             tensor = tensor.reshape(shape)
-        return tensor
+        return tensor[: shape[0]] if self.truncate and tensor.ndim == len(shape) else tensor
 
     def to_official(self, array: np.ndarray) -> np.ndarray:
         """Our ``array`` (one layer of it, where stacked) in the official layout."""
@@ -88,9 +92,9 @@ def prepare_filling(
 ) -> Callable[[], nnx.Module]:
     """Check that tensors under their official names fill a module built by ``nnx.eval_shape``; returns what fills it.
 
-    Every problem is found, and all are reported, before anything is placed: shapes are looked at here, tensors are
-    copied when the result is called, so readers should be lazy (a memory map is). Only one parameter, with all its
-    layers, is held on the host at a time beyond what is placed.
+    Every problem of names, shapes and types is found, and all are reported, before anything is placed; the numbers are
+    looked at when they are copied, which is when the result is called, so readers should be lazy (a memory map is).
+    Only one parameter, with all its layers, is held on the host at a time beyond what is placed.
 
     Args:
       abstract: module of ``jax.ShapeDtypeStruct`` leaves.
@@ -102,8 +106,9 @@ def prepare_filling(
       place: puts a host array on its device.
 
     Raises:
-      UserInputError: names that are unknown, missing, or given twice under two spellings, or tensors of another
-        shape; all of them are listed.
+      UserInputError: names that are unknown, missing, or given twice under two spellings, tensors of another shape or
+        of a type that is not floating; and, when the module is filled, numbers that are not finite in the chosen dtype.
+        All tensors are listed, those that differ in a number of their name only as one entry with its range.
     """
     by_target: dict[str, list[Rule]] = {}
     known: set[str] = set()
@@ -118,21 +123,29 @@ def prepare_filling(
         "missing": sorted(known - spellings.keys()),
         "given twice": sorted(name for name, ours in found.items() if ours is not None and spellings[ours] > 1),
     }
-    _refuse(source, [f"{kind}: {_summary(which, ', ')}" for kind, which in names.items() if which])
-
     graph, state = nnx.split(abstract)
     parameters = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
     if parameters.keys() != by_target.keys():
         raise KeyError(f"table and module disagree about {sorted(parameters.keys() ^ by_target.keys())}")
     shapes = {target: tuple(variable.get_value().shape) for target, (_, variable) in parameters.items()}
-    wrong = list(_mismatches(by_target, reading, shapes))
-    _refuse(source, [_summary(wrong, "; ")] if wrong else [])
+    problems = [f"{kind}: {_collapsed(which)}" for kind, which in names.items() if which]
+    problems += _mismatches(by_target, reading, shapes)
+    if problems:
+        rule = f"does not fit the model: {'; '.join(problems)}"
+        raise UserInputError(f"checkpoint {source}", rule, "choose the matching model")
 
     def fill() -> nnx.Module:
-        filled = []
+        filled, spoilt = [], []
         for target, (path, variable) in parameters.items():
             chosen = np.dtype(dtype(target) if dtype else variable.get_value().dtype)
-            filled.append((path, variable.replace(place(_read(by_target[target], reading, shapes[target], chosen)))))
+            array, not_finite = _read(by_target[target], reading, shapes[target], chosen)
+            spoilt += not_finite
+            # A spoilt checkpoint is read to its end, to name all that is wrong with it, but no longer placed.
+            if not spoilt:
+                filled.append((path, variable.replace(place(array))))
+        if spoilt:
+            rule = f"has numbers that are not finite in {_collapsed(spoilt)}"
+            raise UserInputError(f"checkpoint {source}", rule, "fetch it again or take another one")
         return nnx.merge(graph, nnx.from_flat_state(filled))
 
     return fill
@@ -146,38 +159,81 @@ def fill_module(
 
 
 def _mismatches(by_target, reading, shapes) -> Iterator[str]:
-    """One sentence per tensor whose shape is not the model's, with both shapes."""
+    """One sentence per way in which tensors differ from the model's, with what they have and what it needs."""
+    groups: dict[str, list[str]] = {}
     for target, rules in by_target.items():
         for rule in rules:
+            if rule.official not in reading:
+                continue
             wanted = shapes[target] if rule.layer is None else shapes[target][1:]
             tensor = reading[rule.official]()
             if rule.to_ours(tensor, wanted).shape != wanted:
-                yield f"{rule.official} has shape {tensor.shape}, the model needs {rule.expected_shape(wanted)}"
+                difference = f"shape {tensor.shape}, the model needs {rule.expected_shape(wanted)}"
+                groups.setdefault(difference, []).append(rule.official)
+            if not jnp.issubdtype(tensor.dtype, jnp.floating):
+                difference = f"type {tensor.dtype}, the model needs floating-point numbers"
+                groups.setdefault(difference, []).append(rule.official)
+    for difference, names in groups.items():
+        yield f"{_collapsed(names)} {'have' if len(names) > 1 else 'has'} {difference}"
 
 
-def _read(rules: list[Rule], reading: Mapping[str, Callable[[], np.ndarray]], shape, dtype: np.dtype) -> np.ndarray:
-    """One parameter, assembled from its layers where it is stacked."""
-    out = np.empty(shape, dtype)
+def _read(
+    rules: list[Rule], reading: Mapping[str, Callable[[], np.ndarray]], shape: tuple[int, ...], dtype: np.dtype
+) -> tuple[np.ndarray, list[str]]:
+    """One parameter, assembled from its layers where it is stacked, and the tensors that are not finite in it."""
+    out, spoilt = np.empty(shape, dtype), []
     for rule in rules:
         part = out if rule.layer is None else out[rule.layer, ...]
-        np.copyto(part, rule.to_ours(reading[rule.official](), part.shape), casting="unsafe")
-    return out
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below, by its name
+            np.copyto(part, rule.to_ours(reading[rule.official](), part.shape), casting="unsafe")
+        if not _is_finite(part):
+            spoilt.append(rule.official)
+    return out, spoilt
 
 
-_LISTED = 8
-"""How many problems of a kind a message spells out, so that it stays readable when there are hundreds."""
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether no number of a contiguous ``array`` is infinite or NaN; piece by piece, so that memory stays small."""
+    flat, piece = array.reshape(-1), 1 << 18
+    return all(np.isfinite(flat[i : i + piece]).all() for i in range(0, flat.size, piece))
 
 
-def _summary(items: list[str], separator: str) -> str:
-    more = len(items) - _LISTED
-    return separator.join(items[:_LISTED]) + (f"{separator}and {more} more" if more > 0 else "")
+def _collapsed(names: Iterable[str]) -> str:
+    """All ``names`` in one line: those that differ only in numbers between dots become one, with the ranges.
+
+    ``a.0.w, a.1.w, a.2.w, b`` gives ``a.{0..2}.w (3 tensors), b``. Nothing is lost: an entry stands for every
+    combination of its ranges, and a group of names that is no such product becomes several entries.
+    """
+    groups: dict[tuple[str, ...], list[tuple[tuple[int, ...], ...]]] = {}
+    for name in names:
+        fixed = tuple(_NUMBER.split(name))
+        groups.setdefault(fixed, []).append(tuple((int(number),) for number in _NUMBER.findall(name)))
+    entries = []
+    for fixed, boxes in groups.items():
+        for axis in reversed(range(len(fixed) - 1)):
+            merged: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+            for box in boxes:
+                merged.setdefault(box[:axis] + box[axis + 1 :], []).extend(box[axis])
+            boxes = [(*rest[:axis], tuple(sorted(found)), *rest[axis:]) for rest, found in merged.items()]
+        for box in boxes:
+            count = math.prod(map(len, box))
+            name = "".join(text for pair in zip(fixed, map(_range, box), strict=False) for text in pair) + fixed[-1]
+            entries.append(f"{name} ({count} tensors)" if count > 1 else name)
+    return ", ".join(entries)
 
 
-def _refuse(source: str, problems: list[str]) -> None:
-    if problems:
-        raise UserInputError(
-            f"checkpoint {source}", "does not fit the model: " + "; ".join(problems), "choose the matching model"
-        )
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]*)(?=\.)")
+
+
+def _range(numbers: tuple[int, ...]) -> str:
+    """``{0..3,7}`` for 0, 1, 2, 3, 7; a single number as it is."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+    return text if len(numbers) == 1 else f"{{{text}}}"
 
 
 def official_state_dict(

@@ -3,12 +3,21 @@
 With no --model the small embedded model is used: one simple object, 8 colours. See --help for everything else.
 """
 
-import pathlib
+import os
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from toprovar_jax.cli.generate import main
+def start() -> int:
+    """Runs the command, which answers a Ctrl-C itself once its own imports are done."""
+    try:
+        sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        from toprovar_jax.cli.generate import main
+
+        return main()
+    except KeyboardInterrupt:
+        print("error: interrupted; no picture was saved", file=sys.stderr)
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

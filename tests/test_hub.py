@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 
 from toprovar_jax import list_models
@@ -103,6 +105,20 @@ def test_a_named_model_without_weights_says_where_they_belong(shelf, there):
 def test_an_unknown_model_is_refused_in_one_line(given, words):
     message = refusal(given)
     assert [word for word in words if word not in message] == []
+
+
+def test_a_shelf_in_an_unknown_home_names_the_variable(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOPROVAR_MODELS", "~no-such-user/shelf")
+    assert "TOPROVAR_MODELS '~no-such-user/shelf': must name the folder" in refusal("infinity-2b")
+
+    def homeless(_self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TOPROVAR_MODELS")
+    monkeypatch.setattr(pathlib.Path, "expanduser", homeless)
+    with pytest.raises(UserInputError, match="TOPROVAR_MODELS is not set and the home directory is unknown"):
+        models_folder()
 
 
 def test_a_file_is_not_a_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import pathlib
@@ -77,12 +78,24 @@ def test_types_are_shipped():
     assert [name for name in PACKAGES if not (ROOT / name / "py.typed").is_file()] == []
 
 
+def shipped() -> list[str]:
+    """Top-level names of the source distribution, which are those of the repository."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return [*project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"], "pyproject.toml"]
+
+
 def text_files():
-    skipped = re.compile(r"(^|/)(\.(?!ci/|gitignore$|pre-commit)|__pycache__|outputs|dist|build|[^/]*\.egg-info)")
-    for path in sorted(ROOT.rglob("*")):
-        name = path.relative_to(ROOT).as_posix()
-        if path.is_file() and not skipped.search(name) and path.suffix not in (".npz", ".png", ".safetensors"):
-            yield name, path.read_text(encoding="utf-8")
+    """Name and text of every shipped file that is text; what else lies in the checkout is nobody's business."""
+    for top in map(ROOT.joinpath, shipped()):
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.is_file() and "__pycache__" not in path.parts:
+                with contextlib.suppress(UnicodeDecodeError):
+                    yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+
+
+def test_everything_the_checks_need_is_in_the_source_distribution():
+    assert [name for name in shipped() if not (ROOT / name).exists()] == []
+    assert {".ci", ".pre-commit-config.yaml", "Makefile", "tests", *PACKAGES} <= set(shipped())
 
 
 def test_no_file_names_a_machine():

@@ -33,6 +33,16 @@ def test_byte_order_mark_and_windows_line_ends_are_not_part_of_a_prompt(write):
     assert [request.prompt for request in read_prompts(str(path))] == ["a cube", "a cone"]
 
 
+def test_lines_may_end_as_on_any_system_and_a_mark_may_start_each(write):
+    path = write("p.txt", "a cube\ra cone\r\n\ufeffa ball\n\ufeff\r\r# none\ra ring".encode())
+    assert [(request.prompt, request.origin) for request in read_prompts(path)] == [
+        ("a cube", "p.txt line 1"),
+        ("a cone", "p.txt line 2"),
+        ("a ball", "p.txt line 3"),
+        ("a ring", "p.txt line 7"),
+    ]
+
+
 def test_exotic_line_separators_stay_inside_a_prompt(write):
     path = write("p.txt", "a cube\u2028on the floor\x0bby a wall\na cone")
     assert [request.prompt for request in read_prompts(path)] == ["a cube\u2028on the floor\x0bby a wall", "a cone"]
@@ -75,6 +85,11 @@ BAD_LINES = {
     "a zero byte": ('{"prompt": "a\\u0000"}', "p.jsonl line 2: prompt"),
     "unknown key": ('{"prompt": "a", "guidence": 3}', "p.jsonl line 2: key 'guidence': must be one of prompt,"),
     "misspelt key": ('{"prompt": "a", "guidence": 3}', "did you mean guidance"),
+    "key given twice": ('{"prompt": "a", "seed": 1, "seed": 2}', "p.jsonl line 2: key 'seed': must not be given twice"),
+    "unknown policy": (
+        '{"prompt": "a", "policy": "denser"}',
+        "p.jsonl line 2: policy: policy 'denser': must be one of",
+    ),
     "seed of another type": ('{"prompt": "a", "seed": "1"}', "p.jsonl line 2: seed '1': must be an integer"),
     "fractional seed": ('{"prompt": "a", "seed": 1.5}', "p.jsonl line 2: seed 1.5"),
     "true for a seed": ('{"prompt": "a", "seed": true}', "p.jsonl line 2: seed True"),
@@ -106,6 +121,7 @@ BAD_FILES = {
     "empty jsonl": ("p.jsonl", "\n", "must hold at least one prompt"),
     "another ending": ("p.json", '{"prompt": "a"}', "must end in .txt"),
     "not utf-8": ("p.txt", "a\nb\nWürfel".encode("latin-1"), "p.txt line 3: must be UTF-8 text"),
+    "not utf-8 after old line ends": ("p.txt", b"a\rb\r\nc\xff", "p.txt line 3: must be UTF-8 text"),
     "utf-16": ("p.txt", "a cube".encode("utf-16"), "line 1: must be UTF-8 text"),
     "binary": ("p.txt", b"a\nPK\x03\x04\x00\x00", "p.txt line 2: must be text, but holds binary data"),
 }

@@ -20,9 +20,20 @@ def embedded_folder() -> Path:
 
 
 def models_folder() -> Path:
-    """Where named models are looked for: ``$TOPROVAR_MODELS``, else ``~/.cache/toprovar_jax/models``."""
+    """Where named models are looked for: ``$TOPROVAR_MODELS``, else ``~/.cache/toprovar_jax/models``.
+
+    Raises:
+      UserInputError: the place lies in a home directory that this machine does not know.
+    """
     chosen = os.environ.get("TOPROVAR_MODELS")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "toprovar_jax" / "models"
+    try:
+        return Path(chosen or "~/.cache/toprovar_jax/models").expanduser()
+    except RuntimeError:  # a user without a home, as in many containers, or ~nobody
+        raise UserInputError(
+            f"TOPROVAR_MODELS {chosen!r}" if chosen else "TOPROVAR_MODELS is not set and the home directory is unknown",
+            "must name the folder where models are" + (" (this home directory is unknown)" if chosen else ""),
+            "set TOPROVAR_MODELS to a full path",
+        ) from None
 
 
 def list_models() -> tuple[str, ...]:
@@ -38,7 +49,8 @@ def find_model(name_or_dir: str | os.PathLike[str] | None) -> Path:
         :func:`list_models` whose folder lies in :func:`models_folder`.
 
     Raises:
-      UserInputError: an unknown name, a folder without ``model.json``, or a known name without weights.
+      UserInputError: an unknown name, a folder without ``model.json``, a known name without weights, or no home
+        directory to look for them in.
     """
     if name_or_dir is None or name_or_dir == EMBEDDED:
         return embedded_folder()

@@ -41,8 +41,8 @@ def read_prompts(path: str | pathlib.Path) -> list[PromptRequest]:
     Args:
       path: ``.txt``: a prompt a line; blank lines and lines that start with ``#`` are skipped. ``.jsonl``: an object
         a line with ``"prompt"`` and, as needed, ``"seed"`` and any other key of
-        :data:`toprovar_jax.settings.SETTINGS`; blank lines are skipped. UTF-8; a byte-order mark and Windows line
-        ends are accepted.
+        :data:`toprovar_jax.settings.SETTINGS`; blank lines are skipped. UTF-8; a line may end as on any system, and
+        byte-order marks at its start are dropped (joining files leaves them in the middle).
 
     Raises:
       UserInputError: the file cannot be read, is not text or holds no prompt; or a line is not what it should be, in
@@ -56,9 +56,10 @@ def read_prompts(path: str | pathlib.Path) -> list[PromptRequest]:
             f"prompts file {path}", "must end in .txt (a prompt a line) or .jsonl (an object a line)", "rename it"
         )
     requests = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line.strip():
-            request = read_line(line.strip(), f"{path.name} line {number}")
+    for number, line in enumerate(_lines(_read_text(path)), start=1):
+        content = line.strip().lstrip("\ufeff").strip()
+        if content:
+            request = read_line(content, f"{path.name} line {number}")
             requests += [request] if request else []
     if not requests:
         raise UserInputError(f"prompts file {path}", "must hold at least one prompt", "write one prompt a line")
@@ -74,6 +75,11 @@ def with_positive_prompt(prompt: str) -> str:
     return prompt + _FACES if speaks_of_people and _FACES not in prompt else prompt
 
 
+def _lines(text: str) -> list[str]:
+    """``text`` at its line ends alone: ``str.splitlines`` would also part it at separators that prompts may hold."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def _read_text(path: pathlib.Path) -> str:
     try:
         raw = path.read_bytes()
@@ -81,14 +87,14 @@ def _read_text(path: pathlib.Path) -> str:
         reason = (error.strerror or "unreadable").lower()
         raise UserInputError(f"prompts file {path}", f"must be a readable file ({reason})", "check the path") from None
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
+        line = len(_lines(raw[: error.start].decode("utf-8")))
         raise UserInputError(
             f"prompts file {path} line {line}", "must be UTF-8 text", "save the file as UTF-8"
         ) from None
     if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
+        line = len(_lines(text[: text.index("\0")]))
         raise UserInputError(
             f"prompts file {path} line {line}", "must be text, but holds binary data", "save the file as UTF-8 text"
         )
@@ -101,8 +107,19 @@ def _text_line(line: str, origin: str) -> PromptRequest | None:
 
 def _json_line(line: str, origin: str) -> PromptRequest:
     example = 'write one such as {"prompt": "a red sphere", "seed": 1}'
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in record:
+                raise UserInputError(f"{origin}: key {key[:40]!r}", "must not be given twice", "keep one of them")
+            record[key] = value
+        return record
+
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=distinct)
+    except UserInputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserInputError(origin, f"must be a JSON object ({error})", example) from None
     if not isinstance(record, dict):

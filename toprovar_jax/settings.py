@@ -1,7 +1,7 @@
 """What may differ from picture to picture, and which values are legal: one table for the command line and prompt files.
 
 Nothing here imports jax, so that a mistake is refused before any device is touched. What only the model can judge
-(its pixel budgets, its policies, how many scales a guidance list must cover) is left to the pipeline.
+(its pixel budgets, how many scales a guidance list must cover) is left to the pipeline.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from toprovar_jax.errors import UserInputError
+from toprovar_jax.acceleration import POLICIES
+from toprovar_jax.errors import UserInputError, unknown_name
 from toprovar_jax.schedule import parse_aspect_ratio
 
 MAX_SEED = 2**32 - 1
@@ -65,6 +66,13 @@ def _number_or_list(value: Any, legal: Callable[[float], bool]) -> float | tuple
     return tuple(_number(item, legal) for item in value)
 
 
+def _policy_name(value: Any) -> str:
+    name = _text(value, empty=False)
+    if name not in POLICIES:
+        raise unknown_name("policy", name, POLICIES)
+    return name
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(value)
@@ -110,7 +118,7 @@ SETTINGS: Mapping[str, Setting] = {
         "must be height:width", "for example 4:3", lambda v: parse_aspect_ratio(_text(v, empty=True))
     ),
     "pixels": Setting("must be a pixel budget", "for example 0.06M or 1M", lambda v: _text(v, empty=False)),
-    "policy": Setting("must be the name of a policy", "for example dense", lambda v: _text(v, empty=False)),
+    "policy": Setting("must be the name of a policy", "for example dense", _policy_name),
     "stop_after_scale": Setting(
         "must be an integer >= 1", "leave it out to run every scale", lambda v: _integer(v, 1, 64), int
     ),

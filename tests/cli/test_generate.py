@@ -177,6 +177,36 @@ def test_ctrl_c_before_the_first_picture_says_so(command):
     assert (ran.status, ran.stderr) == (130, "error: interrupted; no picture was saved\n")
 
 
+def test_ctrl_c_still_gives_the_json_object_and_the_sheet_of_what_was_kept(command):
+    ran = command("--prompt", "a", "--num-images", "5", "--json", "--grid", fail_at=2)
+    record = json.loads(ran.stdout)
+    assert ran.status == 130
+    assert [image["path"] for image in record["images"]] == ["outputs/0000-a-s0.png", "outputs/0001-a-s1.png"]
+    assert (record["interrupted"], record["grid"]) == (True, "outputs/grid.png")
+    assert record["timings"]["steady"] == pytest.approx(2.0)
+    with Image.open(ran.folder / "outputs/grid.png") as sheet:
+        assert sheet.size[0] < 18 or sheet.size[1] < 18
+
+
+def test_ctrl_c_with_nothing_kept_prints_no_object(command):
+    ran = command("--prompt", "a", "--json", "--grid", fail_at=0)
+    assert (ran.status, ran.stdout, ran.files) == (130, "", [])
+
+
+class Disguised(RuntimeError):
+    """A failure of a library in whose midst Ctrl-C was pressed."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.__cause__ = ImportError("numpy")
+        self.__cause__.__context__ = KeyboardInterrupt()
+
+
+def test_a_failure_that_came_of_ctrl_c_is_a_ctrl_c(command):
+    ran = command("--prompt", "a", "--num-images", "2", "--debug", fail_at=1, failure=Disguised)
+    assert (ran.status, ran.stderr) == (130, "error: interrupted; 1 finished picture kept in outputs\n")
+
+
 def test_a_failure_is_one_line_and_debug_raises_it(command):
     ran = command("--prompt", "a", "--num-images", "2", fail_at=1, failure=RuntimeError)
     assert ran.status == 1

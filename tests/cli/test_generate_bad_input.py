@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from toprovar_jax.cli.generate import main
+
 BAD_INPUT = {
     "nothing to draw": ([], "--prompts-file FILE"),
     "empty prompt": (["--prompt", ""], "--prompt ''"),
@@ -17,7 +19,7 @@ BAD_INPUT = {
     "option before option": (["--prompt", "--json"], "--prompt=VALUE"),
     "unknown backend": (["--prompt", "a", "--backend", "gpuu"], "did you mean gpu?"),
     "absent backend": (["--prompt", "a", "--backend", "gpu"], "available: cpu;"),
-    "unknown policy": (["--prompt", "a", "--policy", "denser"], "one of dense, thin"),
+    "unknown policy": (["--prompt", "a", "--policy", "denser"], "--policy: policy 'denser': must be one of dense"),
     "empty policy": (["--prompt", "a", "--policy", ""], "--policy ''"),
     "unknown aspect ratio": (["--prompt", "a", "--aspect-ratio", "5:1"], "the nearest are 3:1 and 5:2"),
     "aspect ratio of nothing": (["--prompt", "a", "--aspect-ratio", "0:1"], "must be"),
@@ -38,6 +40,11 @@ BAD_INPUT = {
     "batch not a number": (["--prompt", "a", "--batch-size", "two"], "--batch-size 'two'"),
     "stop before the first scale": (["--prompt", "a", "--stop-after-scale", "0"], "--stop-after-scale '0'"),
     "absent prompts file": (["--prompts-file", "nowhere.txt"], "no such file"),
+    "blank output": (["--prompt", "a", "--out", ""], "--out ''"),
+    "a warning when strict": (
+        ["--prompt", "a cat", "--strict"],
+        "--strict: refuses a warning (the fake model knows no",
+    ),
     "output below a file": (["--prompt", "a", "--out", "/dev/null/pictures"], "not a directory"),
 }
 
@@ -55,9 +62,30 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, command):
     assert list(ran.folder.iterdir()) == []
 
 
-def test_a_line_the_pipeline_refuses_is_named(command, tmp_path):
+def test_a_policy_is_refused_before_any_weights_are_loaded(command, tmp_path, capsys):
+    def load(_model):
+        pytest.fail("loaded")
+
     (tmp_path / "list.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "policy": "denser"}\n')
+    assert main(["--prompts-file", "list.jsonl"], load=load) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: list.jsonl line 2: policy: policy 'denser': must be one of dense")
+    assert message.count("\n") == 1
+
+
+def test_a_line_the_pipeline_refuses_is_named(command, tmp_path):
+    (tmp_path / "list.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "guidance": [1, 2]}\n')
     ran = command("--prompts-file", "list.jsonl")
     assert ran.status == 2
-    assert ran.stderr.startswith("error: list.jsonl line 2: policy 'denser': must be")
+    assert ran.stderr.startswith("error: list.jsonl line 2: guidance of 2 values: must have 3")
     assert ran.files == ["list.jsonl"]
+
+
+def test_strict_names_the_line_of_a_warning(command, tmp_path):
+    (tmp_path / "list.txt").write_text("a cube\na cat\n")
+    ran = command("--prompts-file", "list.txt", "--strict", "--dry-run")
+    assert (ran.status, ran.stdout) == (2, "")
+    assert ran.stderr == (
+        "error: list.txt line 2: --strict: refuses a warning (the fake model knows no cats); "
+        "change it, or leave --strict out\n"
+    )

@@ -71,7 +71,7 @@ def test_the_same_generator_gives_the_same_captions():
 
 
 def test_every_caption_lies_inside_the_world(written):
-    assert {word for caption in written[0] for word in text.unknown_to_world(caption)} == set()
+    assert [caption for caption in written[0][:2000] if text.unknown_to_world(caption)] == []
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,37 @@ def test_every_caption_lies_inside_the_world(written):
         ("a red 🔴 ball", ("🔴",)),
         ("ａ ｒｅｄ ｃｕｂｅ", ()),
         ("...!?", ()),
+        ("a grey sphere", ("grey",)),
+        ("a cube that is gray", ("gray",)),
+        ("a white cube", ("white",)),
+        ("a red sphere on a grey floor", ()),
+        ("a red sphere in the foreground on a plain gray background", ()),
+        ("a red sphere with soft light", ()),
+        ("a red sphere and an object", ("object",)),
+        ("an object and a shape", ("shape",)),
+        ("a sphere and the small sphere", ("small sphere",)),
+        ("the red sphere and the red sphere", ("red sphere",)),
+        ("the ball is red and the ball is on the left", ()),
+        ("a red cube shaped object", ()),
+        ("an object in the shape of a cube", ()),
+        ("an object in a sphere", ("sphere",)),
+        ("a large object that is a cube", ()),
+        ("an object that is a cube and there is a ball", ("ball",)),
+        ("a red sphere on the left and on the right", ("left and right",)),
+        ("a cone at the back in the foreground", ("back and foreground",)),
+        ("a big small red sphere", ("big and small",)),
+        ("a large big red sphere on the left at the front", ()),
+        ("a sphere on a red floor", ("red floor",)),
+        ("a sphere in front of a blue background", ("blue background",)),
+        ("a red sphere and the floor is grey", ()),
+        ("a red sphere and the floor is green", ("green floor",)),
+        ("on the floor is a red ball", ()),
+        ("blue light on a red sphere", ("blue light",)),
+        ("1", ("no object",)),
+        ("3d", ("no object",)),
+        ("scene with light", ("no object",)),
+        ("a small picture on the left", ("no object",)),
+        ("red", ()),
     ],
 )
 def test_prompts_beyond_the_world_are_noticed(prompt, unknown):

@@ -37,17 +37,38 @@ def start_backend(name: str | None) -> None:
     Call it before anything else imports jax: jax reads the environment once.
 
     Args:
-      name: cpu, gpu or tpu; None: whatever jax prefers.
+      name: cpu, gpu or tpu; None: what JAX_PLATFORMS says, or else whatever jax prefers.
 
     Raises:
       UserInputError: that backend does not work here; the message lists those that do.
     """
     if name is None:
-        import jax
+        jax = _import_jax()
     else:
         check_backend(name)
         jax = _import_jax_on(name)
     _enable_compilation_cache(jax)
+
+
+def _import_jax() -> ModuleType:
+    """jax on its own choice of device, which is made here: later its failure would appear inside some computation."""
+    chosen = os.environ.get("JAX_PLATFORMS")
+    # Without a wish in the environment jax's warnings are worth reading, such as that of a GPU it cannot use.
+    with _quiet_discovery() if chosen else contextlib.nullcontext():
+        import jax
+
+        try:
+            jax.devices()
+            return jax
+        except Exception:
+            if not chosen:
+                raise
+        available = _available(jax)
+    raise UserInputError(
+        f"JAX_PLATFORMS {chosen!r}",
+        f"no such device here; available: {', '.join(available)}",
+        "unset that variable, or choose with --backend",
+    )
 
 
 def _import_jax_on(name: str) -> ModuleType:
@@ -104,8 +125,8 @@ def _enable_compilation_cache(jax: ModuleType) -> None:
     """Keeps compiled programs between runs, unless the user has said where, or the place cannot be written."""
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    folder = pathlib.Path(os.environ.get("TOPROVAR_CACHE") or "~/.cache/toprovar_jax").expanduser() / "xla"
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a user without a home directory
+        folder = pathlib.Path(os.environ.get("TOPROVAR_CACHE") or "~/.cache/toprovar_jax").expanduser() / "xla"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
             jax.config.update("jax_compilation_cache_dir", str(folder))

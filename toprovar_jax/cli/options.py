@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -50,11 +51,21 @@ class GenerateOptions:
     seed: Annotated[str, _option("N", "Seed of a prompt's first picture, counting up from there (default: 0).")] = "0"
     num_images: Annotated[str, _option("K", "Pictures per prompt (default: 1).")] = "1"
     batch_size: Annotated[
-        str, _option("B", "Pictures made together; each batch is saved before the next begins (default: 1).")
+        str,
+        _option(
+            "B",
+            "Pictures made together; each batch is saved before the next begins (default: 1). In exact precision, as "
+            "on a CPU, they are computed one by one all the same, so a larger batch is no faster there.",
+        ),
     ] = "1"
     aspect_ratio: Annotated[str, _option("H:W", "Height to width, such as 4:3 (default: 1:1).")] = "1:1"
     pixels: Annotated[
-        str | None, _option("BUDGET", "Picture size: 0.06M, 0.25M, 0.60M or 1M; default: the model's.")
+        str | None,
+        _option(
+            "BUDGET",
+            "Picture size in pixels; default: the model's. The embedded model makes 0.004M (64x64) and nothing else; "
+            "0.06M, 0.25M, 0.60M and 1M are for models with the official weights.",
+        ),
     ] = None
     guidance: Annotated[
         str | None, _option("X|X,X,...", "How closely to follow the prompt, one number or one per scale.")
@@ -70,13 +81,17 @@ class GenerateOptions:
     quiet: Annotated[bool, _option("", "No progress, no summary, no warnings; only errors.")] = False
     dry_run: Annotated[bool, _option("", "Check everything and show the plan, but make nothing.")] = False
     strict: Annotated[
-        bool, _option("", "Refuse what would otherwise only warn, such as a prompt that is too long.")
+        bool, _option("", "Refuse whatever would otherwise only warn, such as a prompt that is too long.")
     ] = False
     debug: Annotated[bool, _option("", "On failure, show the whole traceback.")] = False
 
 
-def parse_options(argv: Sequence[str]) -> GenerateOptions:
+def parse_options(argv: Sequence[str], *, prog: str = "generate.py") -> GenerateOptions:
     """Reads a command line. ``--help`` prints the options and raises ``SystemExit(0)``.
+
+    Args:
+      argv: the words after the command's name.
+      prog: the command's name, as ``--help`` shows it.
 
     Raises:
       UserInputError: an unknown option, an option without its value, or a stray word.
@@ -88,7 +103,7 @@ def parse_options(argv: Sequence[str]) -> GenerateOptions:
             options, unknown = tyro.cli(
                 GenerateOptions,
                 args=list(argv),
-                prog="generate.py",
+                prog=prog,
                 description="Make pictures from text.",
                 config=(FlagCreatePairsOff,),
                 return_unknown_args=True,
@@ -148,6 +163,19 @@ def batch_size_of(options: GenerateOptions) -> int:
     if size < 1:
         raise UserInputError(f"--batch-size {options.batch_size!r}", "must be an integer >= 1", "for example 4")
     return size
+
+
+def folder_of(options: GenerateOptions) -> pathlib.Path:
+    """Where the pictures go.
+
+    Raises:
+      UserInputError: ``--out`` is blank.
+    """
+    if not options.out.strip():
+        raise UserInputError(
+            f"--out {options.out!r}", "must name a directory", "for example outputs, or . for this one"
+        )
+    return pathlib.Path(options.out)
 
 
 def _flag_of(name: str) -> str:

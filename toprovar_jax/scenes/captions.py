@@ -1,5 +1,6 @@
 """Captions as people write them for one object, and which prompts lie outside the embedded world."""
 
+import dataclasses
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -62,6 +63,27 @@ _HARMLESS = frozenset(
         )
     ).split()
 )
+_GREYS = ("grey", "gray")
+_SHAPE_NAMED = {name: shape for shape, names in NOUNS.items() for name in names}
+_SIZES_NAMED = frozenset(word for group in _SIZE_WORDS for word in group)
+#: Pairs of word groups that exclude each other.
+_EXCLUSIVE = ((("left",), ("right",)), (("front", "foreground"), ("back", "background")), _SIZE_WORDS)
+_SIDES_NAMED = frozenset(word for pair in _EXCLUSIVE[:2] for group in pair for word in group)
+#: What a colour may be said of besides the object; all of it is grey.
+_SURROUNDINGS = frozenset(
+    ("floor", "ground", "surface", "background", "studio", "scene", "light", "lighting", "shadow")
+)
+#: An adjective before one of these cannot belong to a noun behind it.
+_PHRASE_ENDS = frozenset(
+    ("is", "are", "of", "in", "on", "at", "to", "with", "by", "it", "its", "that", "stands", "sits", "lies")
+)
+#: What may follow "the cube" when the cube of before is meant, and not another one.
+_PREDICATES = frozenset(
+    ("is", "stands", "stand", "standing", "sits", "sitting", "lies", "lying", "should", "color", "colour")
+)
+#: What may stand between two names of one thing: "a cube shaped object", "an object that is a cube".
+_LINKS = frozenset(("a", "an", "the", "shaped", "like", "that", "is", "of", "in", "shape"))
+_LINKING = frozenset(("shaped", "like", "is", "of"))
 
 
 def _probabilities(weights: Sequence[float | int]) -> np.ndarray:
@@ -140,39 +162,101 @@ def describe_world() -> str:
     )
 
 
+@dataclasses.dataclass
+class _Asked:
+    """What a prompt has said so far about its object, and what lies beyond the world.
+
+    Attributes:
+      named: whether an object was named; shape: which, or None for "object" and before any.
+      colours, said: the object's colours; its sizes and the sides it stands on.
+      unknown: what no caption could say.
+    """
+
+    named: bool = False
+    shape: str | None = None
+    colours: list[str] = dataclasses.field(default_factory=list)
+    said: list[str] = dataclasses.field(default_factory=list)
+    unknown: list[str] = dataclasses.field(default_factory=list)
+
+    def describe(self, adjectives: Sequence[str], surroundings: str = "") -> None:
+        """Take colours and sizes for the object's, or, given a noun, for those of its surroundings."""
+        colours = [word for word in adjectives if word in COLOURS or word in _GREYS]
+        if surroundings:
+            self.unknown += [f"{colour} {surroundings}" for colour in colours if colour not in _GREYS]
+        else:
+            self.colours += colours
+            self.said += [word for word in adjectives if word in _SIZES_NAMED]
+
+    def mention(self, noun: str, adjectives: Sequence[str], *, linked: bool, repeated: bool) -> None:
+        """A noun with its adjectives: the object, another name of it (``linked``), itself again, or one too many."""
+        shape = _SHAPE_NAMED.get(noun)
+        fits = shape is None or self.shape is None
+        again = (fits or shape == self.shape) and set(adjectives) <= {*self.colours, *self.said}
+        if self.named and not (linked and fits) and not (repeated and again):
+            self.unknown.append(" ".join([*adjectives, noun]))
+            return
+        self.describe(adjectives)
+        self.named, self.shape = True, shape or self.shape
+
+    def beyond(self) -> tuple[str, ...]:
+        """Everything beyond the world, without repetition."""
+        found = list(self.unknown)
+        colours = list(dict.fromkeys(self.colours))
+        first = next((colour for colour in colours if colour in COLOURS), None)
+        found += [colour for colour in colours if colour != first]
+        for pair in _EXCLUSIVE:
+            sides = [next((word for word in self.said if word in group), None) for group in pair]
+            if None not in sides:
+                found.append(" and ".join(dict.fromkeys(word for word in self.said if word in sides)))
+        if not found and not self.named and not colours:
+            found.append("no object")
+        return tuple(dict.fromkeys(found))
+
+
 def unknown_to_world(prompt: str) -> tuple[str, ...]:
-    """What ``prompt`` asks for beyond the embedded world, in its order; empty when the prompt lies inside.
+    """What ``prompt`` asks for beyond the embedded world; empty when the prompt lies inside.
 
     Unknown words are returned as they were written in lower case ("cat", "two", "cones"); a second object as its colour
-    and name ("blue ball"), a second colour of one object as that colour.
+    and name ("blue ball"), also when it looks like the first; a second colour of the object as that colour, and so is
+    grey, which only the floor has; a colour of the surroundings with its noun ("red floor"); places or sizes that
+    exclude each other as both ("left and right"). Words that name nothing to draw give "no object".
     """
-    nouns = {name: shape for shape, names in NOUNS.items() for name in names}
-    sizes = {word for group in _SIZE_WORDS for word in group}
-    unknown: list[str] = []
-    own_shape: str | None = None
-    own_colours: list[str] = []
-    pending: list[str] = []
-    article = ""
-    for word in _words(prompt):
+    words = _words(prompt)
+    asked = _Asked()
+    pending: list[str] = []  # colours and sizes whose noun has not come yet
+    article, last_noun, whose = "", -1, ""
+
+    def settle() -> None:
+        # The phrase is over, so its adjectives stood behind their noun ("a cube in red"), or had none.
+        asked.describe(pending, whose)
+        pending.clear()
+
+    for i, word in enumerate(words):
+        following = words[i + 1] if i + 1 < len(words) else ""
         if word in ("a", "an", "the"):
+            settle()
             article = word
-            if own_shape is not None:  # "a cube that is red and a ...": what came before belongs to the first object
-                own_colours += [modifier for modifier in pending if modifier in COLOURS]
-                pending = []
-        elif word in COLOURS or word in sizes:
+        elif word in COLOURS or word in _GREYS or word in _SIZES_NAMED:
             pending.append(word)
-        elif word in nouns:
-            colours = [modifier for modifier in pending if modifier in COLOURS]
-            if own_shape is None:
-                own_shape, own_colours = nouns[word], colours
-            elif article != "the" or nouns[word] != own_shape or not set(colours) <= set(own_colours):
-                unknown.append(" ".join([*pending, word]))
-            pending = []
+        elif (word in _SHAPE_NAMED or word in _ANY_SHAPE) and (word, following) != ("shape", "of"):
+            between = set(words[last_noun + 1 : i]) - set(pending)
+            linked = last_noun >= 0 and between <= _LINKS and (not between or bool(between & _LINKING))
+            repeated = article == "the" and following in _PREDICATES
+            asked.mention(word, pending, linked=linked, repeated=repeated)
+            pending.clear()
+            last_noun, whose = i, ""
+        elif word in _SURROUNDINGS and (word != "background" or words[i - 2 : i] != ["in", "the"]):
+            asked.describe(pending, word)
+            pending.clear()
+        elif word in _PHRASE_ENDS:
+            settle()
+            whose = words[i - 1] if word == "is" and i and words[i - 1] in _SURROUNDINGS else ""
+        elif word in _SIDES_NAMED:
+            asked.said.append(word)
         elif word not in VOCABULARY and word not in _HARMLESS:
-            unknown.append(word)
-    # What follows the last noun ("a cube in red"), or all of it when there is no noun, describes the object.
-    own_colours += [modifier for modifier in pending if modifier in COLOURS]
-    return tuple(dict.fromkeys([*unknown, *list(dict.fromkeys(own_colours))[1:]]))
+            asked.unknown.append(word)
+    settle()
+    return asked.beyond() if words else ()
 
 
 def _words(prompt: str) -> list[str]:
