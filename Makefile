@@ -46,6 +46,6 @@ $(VENV)/.test: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch $(VENV)/.demo $@
 
-# Leaves $(SCENES) alone: it holds the checkpoints of a training that took hours.
+# Leaves $(SCENES) alone: it holds the checkpoints of a long training.
 clean:
 	rm -rf $(VENV) .cache/xla .pytest_cache .ruff_cache
