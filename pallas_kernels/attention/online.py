@@ -40,7 +40,7 @@ def initial_rows(shape: tuple[int, ...]) -> RowState:
 
 
 def accumulate(
-    rows: RowState, products: Float[Array, "B N T S"], visible: Bool[Array, "#B 1 1 S"], scale: float
+    rows: RowState, products: Float[Array, "B N T S"], visible: Bool[Array, "#B 1 #T S"], scale: float
 ) -> tuple[RowState, Tile]:
     """Take in a tile of unscaled dot products."""
     products = jnp.where(visible, products, MASKED)

@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.attention.block_mask import BlockMask
 from pallas_kernels.attention.output import AttentionOutput
 
 MASKED = -1e30
@@ -22,6 +23,15 @@ def weighted_values(p: Float[Array, "B N T S"], v: Float[Array, "B S N H"]) -> F
     return jnp.einsum("bnts,bsnh->btnh", p.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32)
 
 
+def visible_tokens(block_mask: BlockMask, query: Int[Array, " T"], key: Int[Array, " S"]) -> Bool[Array, "T S"]:
+    """Whether the queries at these positions see the keys at those, by the block each lies in.
+
+    Built from the small pattern where it is needed: a token mask as a constant would be part of every program.
+    """
+    rows = jnp.asarray(block_mask.array)[query // block_mask.query_block]
+    return rows[:, key // block_mask.key_block]
+
+
 def dense_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
@@ -29,13 +39,20 @@ def dense_attention(
     *,
     scale: float,
     key_length: Int[Array, " B"] | None,
+    block_mask: BlockMask | None,
     with_entropy: bool,
 ) -> AttentionOutput:
     """Attention over the whole score matrix; memory grows with ``T * S``."""
-    products = dot_products(q, k)
-    visible = jnp.ones(products.shape[-1:], bool)[None, None, None]
+    visible = jnp.ones(k.shape[1:2], bool)[None, None, None]
     if key_length is not None:
-        visible = (jnp.arange(k.shape[1])[None] < key_length.astype(jnp.int32)[:, None])[:, None, None]
+        present = jnp.arange(k.shape[1])[None] < key_length.astype(jnp.int32)[:, None]
+        # Anything may lie there, even NaN, which a weight of zero does not silence.
+        k, v = (jnp.where(present[..., None, None], x, 0) for x in (k, v))
+        visible = present[:, None, None]
+    products = dot_products(q, k)
+    if block_mask is not None:
+        visible &= visible_tokens(block_mask, jnp.arange(q.shape[1]), jnp.arange(k.shape[1]))[None, None]
+    if key_length is not None or block_mask is not None:
         products = jnp.where(visible, products, MASKED)
     maximum = jax.lax.stop_gradient(jnp.max(products, axis=-1, keepdims=True))
     # Scaled after the subtraction: see online.py.

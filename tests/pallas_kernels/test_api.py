@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import attention
+from pallas_kernels import BlockMask, attention
 
 from .twin import draw
 
@@ -64,6 +64,11 @@ def test_works_inside_jit_and_vmap():
         ({"key_length": jnp.ones((2, 1), jnp.int32)}, r"key_length \(2, 1\).*\(2,\)"),
         ({"key_length": jnp.ones((3,), jnp.int32)}, r"key_length \(3,\).*\(2,\)"),
         ({"key_length": jnp.ones((2,), jnp.float32)}, "key_length dtype float32.*integer"),
+        ({"key_length": jnp.array([3, 6])}, r"key_length 6: must be in 0\.\.5, the number of keys; clip"),
+        ({"key_length": jnp.array([-1, 5])}, r"key_length -1: must be in 0\.\.5"),
+        ({"block_mask": np.ones((1, 2), bool)}, r"block_mask of \(1, 2\) blocks: must be \(1, 1\).*rebuild"),
+        ({"block_mask": np.ones((1, 1))}, r"block_mask float64\[1, 1\]: must be boolean"),
+        ({"block_mask": jnp.ones((1, 1), bool)}, "block_mask of a JAX array: must be static"),
         ({"implementation": "cudnn9"}, r"'cudnn9'.*reference, xla.*None"),
     ],
     ids=lambda case: "-".join(case) if isinstance(case, dict) else "",
@@ -74,6 +79,33 @@ def test_bad_calls_name_the_value_the_rule_and_the_remedy(change, told, monkeypa
     with pytest.raises(ValueError, match=told) as caught:
         attention(**({"q": Q, "k": K, "v": V, "scale": 1.0} | change))
     assert "\n" not in str(caught.value)
+
+
+def test_lengths_inside_a_trace_are_clipped():
+    run = jax.jit(lambda length: attention(Q, K, V, scale=1.0, key_length=length).out)
+    for given, meant in ([-3, 9], [0, 5]), ([5, -1], [5, 0]):
+        np.testing.assert_array_equal(run(jnp.array(given)), run(jnp.array(meant)))
+
+
+def test_numpy_arrays_and_lists_of_lengths_are_taken(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    q, k, v = draw(0, 2, 3, 5, 2, 4)
+    got = attention(q, k, v, scale=np.float32(0.5), key_length=[5, 2])
+    np.testing.assert_array_equal(got.out, attention(Q, K, V, scale=0.5, key_length=jnp.array([5, 2])).out)
+
+
+def test_a_traced_scale_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"scale of a traced array.*multiply the queries"):
+        jax.jit(lambda scale: attention(Q, K, V, scale=scale).out)(1.0)
+
+
+def test_a_matrix_is_a_pattern_of_128_by_128():
+    q, k, v = (jnp.asarray(x) for x in draw(1, 1, 200, 300, 1, 4))
+    pattern = np.array([[True, False, True], [False, True, False]])
+    want = attention(q, k, v, scale=1.0, block_mask=BlockMask.from_array(pattern), with_entropy=True)
+    for a, b in zip(attention(q, k, v, scale=1.0, block_mask=pattern, with_entropy=True), want, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_the_package_stands_alone():
