@@ -206,3 +206,35 @@ def test_extra_files_are_no_matter(folder):
 
 def test_the_helper_writes_a_complete_folder(tmp_path):
     assert load_model(write_tiny_model(tmp_path / "again"), precision="exact").card == CARD
+
+
+def test_attention_is_chosen_at_loading_and_not_kept_in_the_model(pristine, tmp_path):
+    loaded = load_model(pristine, precision="exact", attention=("mosaic_gpu", "xla"), with_encoder=True)
+    assert loaded.card.transformer.attention == ("mosaic_gpu", "xla")
+    assert loaded.networks.transformer.layers.cross_attention.implementation == ("mosaic_gpu", "xla")
+    save_model(tmp_path / "copy", loaded.card, loaded.networks, TOKENIZER_JSON)
+    assert load_model(tmp_path / "copy", precision="exact").card.transformer.attention is None
+
+
+@pytest.mark.parametrize(
+    ("attention", "told"),
+    [
+        ("flash", "attention flash: implementation 'flash': must be of reference, xla"),
+        ("mosaic_tpu", "attention mosaic_tpu: cannot run on cpu: mosaic_tpu: "),
+        (["cudnn", "triton"], "attention cudnn, triton: cannot run on cpu: cudnn: .*; triton: "),
+    ],
+)
+def test_attention_that_cannot_run_is_refused_before_anything_is_read(folder, attention, told):
+    for name in WEIGHTS:
+        (folder / name).unlink()
+    with pytest.raises(UserInputError, match=told) as refused:
+        InfinityPipeline.from_pretrained(folder, attention=attention)
+    assert "\n" not in str(refused.value)
+
+
+def test_pictures_do_not_depend_on_how_attention_is_computed(pristine):
+    def draw(attention):
+        pipe = InfinityPipeline.from_pretrained(pristine, precision="exact", attention=attention)
+        return np.asarray(pipe("a red cube", seed=3, output_type="np").images[0])
+
+    np.testing.assert_allclose(draw("reference"), draw("xla"), atol=2e-5)

@@ -30,6 +30,8 @@ class InfinityConfig:
       rope_mode: 2 nearest index on the finest grid, 1 interpolated tables, 0 plain coordinates (MODEL_SPEC 5).
       level_embedding: added once before the first block, or before every chunk of blocks.
       precision: see :data:`Precision`.
+      attention: implementations of :func:`pallas_kernels.attention` for the blocks, the first that can run is taken;
+        None chooses by device.
     """
 
     num_layers: int
@@ -45,6 +47,7 @@ class InfinityConfig:
     rope_mode: Literal[0, 1, 2] = 2
     level_embedding: Literal["first_block", "every_chunk"] = "first_block"
     precision: Precision = "exact"
+    attention: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_layers", "width", "num_heads", "text_width", "text_length", "latent_channels")

@@ -15,7 +15,10 @@ from convert import infinity as infinity_table
 from convert import t5 as t5_table
 from convert.rules import Rule, official_state_dict, prepare_filling
 from convert.safetensors_io import open_safetensors, save_safetensors
-from toprovar_jax.config import Precision
+from pallas_kernels.attention.api import choose
+from pallas_kernels.attention.problem import Problem
+from pallas_kernels.attention.target import current_target
+from toprovar_jax.config import InfinityConfig, Precision
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.generation import InfinityModel
 from toprovar_jax.hub import CARD
@@ -42,7 +45,9 @@ class LoadedModel(NamedTuple):
     tokenizer: TextTokenizer
 
 
-def load_model(folder: Path, *, precision: Precision, with_encoder: bool = False) -> LoadedModel:
+def load_model(
+    folder: Path, *, precision: Precision, attention: tuple[str, ...] = (), with_encoder: bool = False
+) -> LoadedModel:
     """Load a model folder: ``model.json``, three safetensors files under the official names, ``tokenizer.json``.
 
     Parameters are float32 for ``exact``; for ``fast``, what enters matrix products of the blocks, the text encoder
@@ -51,12 +56,15 @@ def load_model(folder: Path, *, precision: Precision, with_encoder: bool = False
     Args:
       folder: the model's files.
       precision: how it will be computed.
+      attention: see :meth:`ModelCard.with_attention`.
       with_encoder: also load the image tokenizer's encoder, which generation does not need.
 
     Raises:
-      UserInputError: a file that is missing, cut short or foreign, or tensors that do not fit the description.
+      UserInputError: a file that is missing, cut short or foreign, tensors that do not fit the description, or
+        attention that does not exist or cannot run here.
     """
-    card = ModelCard.read(folder / CARD, PRESETS).with_precision(precision)
+    card = ModelCard.read(folder / CARD, PRESETS).with_precision(precision).with_attention(*attention)
+    _check_attention(card.transformer)
     tokenizer = TextTokenizer.from_file(folder / TOKENIZER)
     if tokenizer.vocab_size > card.text_encoder.vocab_size:
         raise UserInputError(
@@ -96,6 +104,17 @@ def load_model(folder: Path, *, precision: Precision, with_encoder: bool = False
     )
     # All three have been checked by now; only then is anything placed.
     return LoadedModel(card, InfinityModel(transformer(), image_tokenizer(), text_encoder()), tokenizer)
+
+
+def _check_attention(config: InfinityConfig) -> None:
+    dtype = np.dtype(jnp.bfloat16 if config.precision == "fast" else jnp.float32)
+    # Lengths do not matter: implementations take all of them.
+    problem = Problem(1, 1, 1, config.num_heads, config.head_dim, dtype)
+    try:
+        choose(problem, current_target(), config.attention)
+    except (ValueError, NotImplementedError) as error:
+        named = ", ".join(config.attention or ())
+        raise UserInputError(f"attention {named}", str(error), "leave it out to choose by device") from None
 
 
 def _prepared(

@@ -82,6 +82,11 @@ class ModelCard:
             text_encoder=dataclasses.replace(self.text_encoder, compute_dtype=dtype),
         )
 
+    def with_attention(self, *implementations: str) -> ModelCard:
+        """The same model with the first of these attention implementations that can run; with none, by device."""
+        chosen = implementations or None
+        return dataclasses.replace(self, transformer=dataclasses.replace(self.transformer, attention=chosen))
+
     def to_json(self) -> str:
         """``model.json``."""
         exact = self.with_precision("exact")
@@ -92,6 +97,7 @@ class ModelCard:
             "text_encoder": exact.text_encoder.to_dict(),
         }
         # How it is computed is chosen at loading, not a property of the model.
+        del fields["transformer"]["attention"]
         del fields["transformer"]["precision"], fields["image_tokenizer"]["precision"]
         del fields["text_encoder"]["compute_dtype"]
         return json.dumps({"format": FORMAT, **fields}, indent=1) + "\n"

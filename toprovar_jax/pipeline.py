@@ -57,16 +57,23 @@ class InfinityPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_dir: str | os.PathLike[str] | None = None, *, precision: Precision | None = None
+        cls,
+        name_or_dir: str | os.PathLike[str] | None = None,
+        *,
+        precision: Precision | None = None,
+        attention: str | Sequence[str] = (),
     ) -> InfinityPipeline:
         """Load a model.
 
         Args:
           name_or_dir: a model folder or a name of ``toprovar_jax.list_models()``; None for the embedded model.
           precision: ``"exact"`` (float32) or ``"fast"`` (bfloat16 products); default exact on CPU, fast elsewhere.
+          attention: an implementation of :func:`pallas_kernels.attention`, or several, of which the first that can run
+            is taken; by default the fastest that is proven on the device.
 
         Raises:
-          UserInputError: an unknown model, or files that are missing, cut short or do not fit.
+          UserInputError: an unknown model, attention that does not exist or cannot run here, or files that are missing,
+            cut short or do not fit.
         """
         start = time.perf_counter()
         if precision not in (None, "exact", "fast"):
@@ -76,7 +83,8 @@ class InfinityPipeline:
         folder = find_model(name_or_dir)
         if precision is None:
             precision = "exact" if jax.default_backend() == "cpu" else "fast"
-        loaded = load_model(folder, precision=precision)
+        implementations = (attention,) if isinstance(attention, str) else tuple(attention)
+        loaded = load_model(folder, precision=precision, attention=implementations)
         return cls(loaded, load_seconds=time.perf_counter() - start)
 
     @property

@@ -66,6 +66,7 @@ class CrossAttention(nnx.Module):
         self.key_value = Linear(width, 2 * width, use_bias=False, **options)
         self.value_bias = nnx.Param(jnp.zeros((width,), jnp.float32))
         self.out = Linear(width, width, gain=_residual_gain(config), **options)
+        self.implementation = config.attention
 
     def project_text(self, text: Float[Array, "R P D"], heads: int) -> tuple[Array, Array]:
         """Keys and values of the projected text, ``[R, P, N, H]``."""
@@ -80,7 +81,12 @@ class CrossAttention(nnx.Module):
         rows, length, width = x.shape
         heads, head_dim = text.keys.shape[-2:]
         query = self.query(x).reshape(rows, length, heads, head_dim)
-        out = attention(query, text.keys, text.values, scale=1 / math.sqrt(head_dim), key_length=text.lengths).out
+        out = attention(
+            *(query, text.keys, text.values),
+            scale=1 / math.sqrt(head_dim),
+            key_length=text.lengths,
+            implementation=self.implementation,
+        ).out
         return self.out(out.reshape(rows, length, width))
 
 

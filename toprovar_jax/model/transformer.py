@@ -101,7 +101,7 @@ class Infinity(nnx.Module):
         def attend(cache, layer):
             def through_cache(q, k, v):
                 extended, keys, values = extend(cache, layer, offset, k, v, write=write_cache)
-                return attention(q, keys, values, scale=1.0).out, extended
+                return self._attend(q, keys, values), extended
 
             return through_cache
 
@@ -128,6 +128,9 @@ class Infinity(nnx.Module):
                 # At guidance 1 the halves stay apart: the unconditional rows keep their own keys and values.
                 x = jnp.where(guidance == 1.0, x, jnp.concatenate([blended, blended]))
         return x, cache
+
+    def _attend(self, q: Float[Array, "R T N H"], k: Float[Array, "R S N H"], v: Float[Array, "R S N H"]) -> Array:
+        return attention(q, k, v, scale=1.0, implementation=self.config.attention).out
 
     def parallel_logits(
         self,
@@ -158,7 +161,7 @@ class Infinity(nnx.Module):
 
         def block_causal(q, k, v):
             spans = itertools.pairwise(schedule.offsets)
-            parts = [attention(q[:, a:b], k[:, :b], v[:, :b], scale=1.0).out for a, b in spans]
+            parts = [self._attend(q[:, a:b], k[:, :b], v[:, :b]) for a, b in spans]
             return jnp.concatenate(parts, axis=1), None
 
         def body(x, layer, index):
