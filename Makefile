@@ -5,13 +5,31 @@ BIN := $(VENV)/bin
 OUT ?= outputs
 SCENES ?= .cache/scenes
 
-.PHONY: demo test lint format parity train-scenes scenes-report clean
+.PHONY: demo test lint format parity train-scenes scenes-report aot-tpu aot-gpu test-triton gpu-suite clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/generate.py --backend cpu --prompt "a red sphere" --seed 1 --out $(OUT)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Compiles the kernels and a 2B scale for TPUs (v5e, v5p, v6e) on a machine without one.
+aot-tpu: $(VENV)-aot-tpu/.installed
+	$(VENV)-aot-tpu/bin/python benchmarks/aot_tpu.py
+	$(VENV)-aot-tpu/bin/python -m pytest tests/test_ahead_of_time_tpu.py
+
+# Compiles the kernels for NVIDIA GPUs (sm_80, sm_89, sm_90) on a machine without one.
+aot-gpu: $(VENV)-aot-gpu/.installed
+	$(VENV)-aot-gpu/bin/python benchmarks/aot_gpu.py
+	$(VENV)-aot-gpu/bin/python -m pytest tests/test_ahead_of_time_gpu.py
+
+# Runs the Triton kernel in Triton's interpreter, which needs torch.
+test-triton: $(VENV)-triton-interpreter/.installed
+	$(VENV)-triton-interpreter/bin/python -m pytest tests/pallas_kernels/test_triton_gpu.py
+
+# On a machine with a GPU: conformance, tuning and timings of every kernel, into benchmarks/results.
+gpu-suite: $(VENV)/.gpu
+	$(BIN)/python benchmarks/gpu_suite.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -46,6 +64,17 @@ $(VENV)/.test: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch $(VENV)/.demo $@
 
+$(VENV)/.gpu: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[gpu]"
+	touch $@
+
+# One environment per compiler: each brings gigabytes that the others do not need.
+$(VENV)-%/.installed: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test,$*]"
+	touch $@
+
 # Leaves $(SCENES) alone: it holds the checkpoints of a long training.
 clean:
-	rm -rf $(VENV) .cache/xla .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* .cache/xla .pytest_cache .ruff_cache
