@@ -11,6 +11,8 @@ import pathlib
 import re
 import sys
 
+import kernel_tables
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -32,7 +34,7 @@ def scenes_prompts() -> str:
     )
 
 
-TABLES = {"scenes_prompts": scenes_prompts}
+TABLES = {"scenes_prompts": scenes_prompts, **kernel_tables.TABLES}
 
 
 def main() -> int:
