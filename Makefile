@@ -35,6 +35,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python benchmarks/readme_tables.py --check
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

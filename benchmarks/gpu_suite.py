@@ -12,7 +12,7 @@ be spread over several runs. At the end the targets are printed as hit or missed
 A machine without network needs jax, triton and (for the Triton kernel) jax-triton. That last one is pure Python: a
 folder with it, made by ``pip install --no-deps --target FOLDER jax-triton==0.3.1``, put on PYTHONPATH is enough.
 
-Exit codes: 0 all steps ended, 1 one was killed or failed, 2 there is no device to run on.
+Exit codes: 0 all steps ended, 1 one was killed or failed, 2 wrong options or no device to run on, 130 interrupted.
 """
 
 import argparse
@@ -20,29 +20,40 @@ import dataclasses
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 
-from gpu_verdicts import measured_table, targets
+from gpu_processes import end_by, stop_on_signals
+from gpu_verdicts import earlier, judged, measured_table, targets
 
 from pallas_kernels.attention import tuning
+from pallas_kernels.report import Parser, folder_path, write_report
 
 ROOT = pathlib.Path(__file__).parent.parent
 GROUPS = ("infinity", "pruned", "tails", "fa3")
 KERNELS = {"cuda": ("mosaic_gpu", "triton", "cudnn"), "tpu": ("mosaic_tpu",), "cpu": ()}
 TUNED = ("triton", "mosaic_gpu", "mosaic_tpu")
+PARTS = {
+    "edges": ["--heads", "2"],
+    "tails": ["--heads", "2", "--dtypes", "bfloat16"],
+    "infinity": ["--heads", "1", "--dtypes", "bfloat16"],
+    "pruned": ["--heads", "1", "--dtypes", "bfloat16"],
+}
+"""Groups of cases that prove an implementation. Each has a process of its own: one that is killed loses no other."""
+SMOKE_PARTS = {"edges": ["--heads", "1", "--dtypes", "float32"]}
 STEPS = ("conformance", "tune", *(f"bench:{group}" for group in GROUPS), "spectrum")
 LIMITS = {"conformance": 150.0, "tune": 150.0, "bench:infinity": 110.0, "spectrum": 40.0}
 """Seconds after which a step is killed; 80 for those that are not listed. All end with the budget, too."""
-STILL = 60.0
-"""Seconds without a new result after which tuning is taken to hang in the configuration it is trying."""
 
 
 class Suite:
-    """The state of one run: results so far, where they go, and how much time is left."""
+    """The state of one run: results so far, where they go, and how much time is left.
+
+    Raises:
+      ValueError: earlier results that cannot be read.
+    """
 
     def __init__(self, options: argparse.Namespace, environment: dict):
         self.options = options
@@ -50,8 +61,9 @@ class Suite:
         self.device = environment["device"]
         self.platform = "cuda" if environment["platform"] == "gpu" else str(environment["platform"])
         self.path = options.out / f"kernels_{tuning.slug(self.device)}.json"
-        empty = {"conformance": {}, "tuning": {}, "bench": {}, "spectrum": None, "steps": {}}
-        self.results = {**empty, **(json.loads(self.path.read_text()) if self.path.is_file() else {}), **environment}
+        self.results = {**earlier(self.path), **environment}
+        self.measured = {name: environment[name] for name in ("date", "versions")}
+        self.ended: dict[str, str] = {}
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="gpu_suite_"))
 
     @property
@@ -64,11 +76,14 @@ class Suite:
 
     def save(self) -> None:
         self.results["targets"] = [dataclasses.asdict(target) for target in targets(self.results)]
-        self.options.out.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.results, indent=1) + "\n")
+        write_report(self.path, self.results)
         table = measured_table(self.results)
         if table is not None and not self.options.smoke:
             tuning.write(table, self.options.tuned)
+
+    def record(self, step: str, how: str, seconds: float = 0.0) -> None:
+        self.ended[step] = how
+        self.results["steps"][step] = {"ended": how, "seconds": seconds, "measured": self.measured}
 
     def run_all(
         self, step: str, commands: dict[str, list[str]], limit: float, watched: pathlib.Path | None = None
@@ -87,55 +102,8 @@ class Suite:
             text = logs[name].read_text(errors="replace").splitlines()
             if how != "done":
                 print("\n".join(f"    {line}" for line in text[-8:]), flush=True)
-            self.results["steps"][f"{step} {name}".strip()] = {"ended": how, "seconds": time.monotonic() - started}
+            self.record(f"{step} {name}".strip(), how, time.monotonic() - started)
         return ended
-
-
-def end_by(
-    commands: dict[str, list[str]],
-    logs: dict[str, pathlib.Path],
-    environment: dict[str, str],
-    limit: float,
-    watched: pathlib.Path | None = None,
-) -> dict[str, str]:
-    """Run commands side by side: ``done``, ``exit N``, ``timed out`` or ``stood still`` for each.
-
-    Args:
-      commands: by name.
-      logs: where the output of each goes.
-      environment: of the processes.
-      limit: seconds; none lives longer.
-      watched: a file whose last change may not be longer ago than :data:`STILL` seconds.
-    """
-    started = time.monotonic()
-    if limit <= 0:
-        for log in logs.values():
-            log.write_text("")
-        return dict.fromkeys(commands, "no time left")
-    running = {}
-    for name, command in commands.items():
-        with logs[name].open("w") as log:
-            # In a session of its own, so that what it started can be killed with it.
-            running[name] = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True
-            )
-    ended: dict[str, str] = {}
-    while len(ended) < len(commands):
-        time.sleep(0.2)
-        now = time.monotonic()
-        changed = watched.stat().st_mtime if watched is not None and watched.is_file() else 0.0
-        still = watched is not None and now - started > STILL and time.time() - changed > STILL
-        for name, process in running.items():
-            if name in ended:
-                continue
-            code = process.poll()
-            if code is not None:
-                ended[name] = "done" if code == 0 else f"exit {code}"
-            elif still or now - started > limit:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                ended[name] = f"stood still for {STILL:.0f} s" if still else f"timed out after {limit:.0f} s"
-    return ended
 
 
 def load(path: pathlib.Path):
@@ -147,26 +115,25 @@ def load(path: pathlib.Path):
 
 
 def conformance(suite: Suite) -> None:
-    base = [sys.executable, "-m", "pallas_kernels.conformance", "--heads", "1" if suite.options.smoke else "2"]
-    parts = {"edges": ["--dtypes", "float32"] if suite.options.smoke else []}
-    if not suite.options.smoke:
-        parts["tails"] = ["--dtypes", "bfloat16"]
-    files = {
-        (name, group): suite.folder / f"conformance_{name}_{group}.json"
-        for name in suite.implementations
-        for group in parts
-    }
+    parts = SMOKE_PARTS if suite.options.smoke else PARTS
+    pairs = [(name, group) for group in parts for name in suite.implementations]
+    files = {(name, group): suite.folder / f"conformance_{name}_{group}.json" for name, group in pairs}
+    base = [sys.executable, "-m", "pallas_kernels.conformance", "--implementations"]
     commands = {
-        f"{name} {group}": [*base, "--cases", group, *parts[group], "--implementations", name, "--json", str(path)]
-        for (name, group), path in files.items()
+        f"{name} {group}": [*base, name, "--cases", group, *parts[group], "--json", str(files[name, group])]
+        for name, group in pairs
     }
-    ended = suite.run_all("conformance", commands, LIMITS["conformance"])
+    # A GPU is shared; a TPU belongs to one process at a time.
+    together = [commands] if suite.platform != "tpu" else [{name: command} for name, command in commands.items()]
+    until = time.monotonic() + LIMITS["conformance"]
+    ended: dict[str, str] = {}
+    for some in together:
+        ended |= suite.run_all("conformance", some, until - time.monotonic())
+    found = suite.results["conformance"]
     for name in suite.implementations:
-        ends = [ended[f"{name} {group}"] for group in parts]
-        lines = [record for group in parts for record in load(files[name, group]) or []]
-        ran = [record["passed"] for record in lines if record["passed"] is not None]
-        passed = set(ends) == {"done"} and bool(ran) and all(ran)
-        suite.results["conformance"][name] = {"ended": ends, "passed": passed, "records": lines}
+        ends = {group: ended[f"{name} {group}"] for group in parts}
+        written = {group: load(files[name, group]) for group in parts}
+        found[name] = judged(found.get(name, {}), ends, written, suite.measured)
 
 
 def tune(suite: Suite) -> None:
@@ -174,11 +141,14 @@ def tune(suite: Suite) -> None:
     until = time.monotonic() + LIMITS["tune"]
     for name in [name for name in TUNED if name in suite.proven()]:
         path = suite.folder / f"tune_{name}.json"
-        command = [sys.executable, script, name, "--json", str(path)]
-        # A configuration that hung is left out when the command is run again.
-        while suite.run_all("tune", {name: command}, until - time.monotonic(), path)[name].startswith("stood still"):
-            pass
-        suite.results["tuning"][name] = load(path)
+        commands = {name: [sys.executable, script, name, "--json", str(path)]}
+        # A configuration that hung is left out when the command is run again; without one, it would hang again.
+        while suite.run_all("tune", commands, until - time.monotonic(), path)[name].startswith("stood still"):
+            if not (load(path) or {}).get("trying"):
+                break
+        written = load(path)
+        if written and (written["timed"] or name not in suite.results["tuning"]):
+            suite.results["tuning"][name] = {**written, "measured": suite.measured}
 
 
 def bench(suite: Suite, group: str) -> None:
@@ -189,17 +159,21 @@ def bench(suite: Suite, group: str) -> None:
     sizes = ["--heads", "1", "--max-queries", "4", "--max-keys", "16", "--rounds", "1"] if suite.options.smoke else []
     command = [sys.executable, "-m", "pallas_kernels.bench", "--cases", group, *sizes, "--json", str(path)]
     if not names:
-        suite.results["steps"][f"bench:{group}"] = {"ended": "nothing proven", "seconds": 0.0}
+        suite.record(f"bench:{group}", "nothing proven")
         return
     suite.run_all(f"bench:{group}", {"": [*command, "--implementations", *names]}, LIMITS.get(f"bench:{group}", 80.0))
-    suite.results["bench"][group] = load(path) or suite.results["bench"].get(group)
+    written = load(path)
+    if written:
+        suite.results["bench"][group] = {**written, "measured": suite.measured}
 
 
 def spectrum(suite: Suite) -> None:
     path = suite.folder / "spectrum.json"
     command = [sys.executable, "-m", "pallas_kernels.bench", "--cases", "--spectrum", "--rounds", "20"]
     suite.run_all("spectrum", {"": [*command, "--json", str(path)]}, LIMITS["spectrum"])
-    suite.results["spectrum"] = (load(path) or {}).get("spectrum")
+    written = (load(path) or {}).get("spectrum")
+    if written:
+        suite.results["spectrum"] = {**written, "measured": suite.measured}
 
 
 def probe(platform: str | None) -> dict | None:
@@ -215,12 +189,20 @@ def probe(platform: str | None) -> dict | None:
         return None
 
 
+def budget(text: str) -> float:
+    """Type of ``--budget-s``."""
+    seconds = float(text)
+    if not seconds > 0.0:  # Neither is nan.
+        raise argparse.ArgumentTypeError(f"{text}: must be a positive number of seconds")
+    return seconds
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget-s", type=float, default=540.0, help="seconds for everything (default 540)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget-s", type=budget, default=540.0, help="seconds for everything (default 540)")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks/results", help="folder of the results")
-    parser.add_argument("--tuned", type=pathlib.Path, default=tuning.DIRECTORY, help="folder of the package's tables")
+    parser.add_argument("--out", type=folder_path, default=ROOT / "benchmarks/results", help="folder of the results")
+    parser.add_argument("--tuned", type=folder_path, default=tuning.DIRECTORY, help="folder of the package's tables")
     parser.add_argument("--platform", choices=("cpu",), help="run on the CPU, with --smoke")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, no table written: whether the suite works")
     options = parser.parse_args(arguments)
@@ -230,7 +212,21 @@ def main(arguments: list[str] | None = None) -> int:
     if environment is None or (environment["platform"] == "cpu" and options.platform != "cpu"):
         print("no GPU or TPU found; run this where there is one, or with --platform cpu --smoke", file=sys.stderr)
         return 2
-    suite = Suite(options, environment)
+    try:
+        suite = Suite(options, environment)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
+        return run_steps(suite)
+    except KeyboardInterrupt:
+        print(f"interrupted; the steps that had ended are in {suite.path}", file=sys.stderr)
+        return 130
+
+
+def run_steps(suite: Suite) -> int:
+    """Run what the options ask for, save after every step, and print the promises; returns the exit code."""
+    options = suite.options
     print(f"on {suite.device}, budget {options.budget_s:.0f} s, details in {suite.folder}", flush=True)
     steps = {"conformance": conformance, "tune": tune, "spectrum": spectrum}
     for step in [step for step in STEPS if step in options.steps]:
@@ -245,9 +241,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"{'-' if target.hit is None else 'hit' if target.hit else 'MISS':<5}{target.name}: {value} ({target.goal})"
         )
     print(f"results: {suite.path}")
-    mine = [value["ended"] for name, value in suite.results["steps"].items() if name.split()[0] in options.steps]
-    return int(any(ended != "done" for ended in mine))
+    return int(any(how != "done" for how in suite.ended.values()))
 
 
 if __name__ == "__main__":
+    stop_on_signals()
     sys.exit(main())

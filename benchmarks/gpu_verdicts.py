@@ -1,6 +1,8 @@
 """What the results of ``gpu_suite.py`` mean: the promises about speed, and the package's table for the device."""
 
 import dataclasses
+import json
+import pathlib
 from dataclasses import dataclass
 
 from pallas_kernels.attention import tuning
@@ -8,6 +10,13 @@ from pallas_kernels.attention import tuning
 NEVER_DEFAULT = {False: ("reference",), True: ("reference", "cudnn")}
 """Not in the list that ``implementation=None`` draws from, without and with entropy: the dense form needs memory that
 grows with T x S, and the entropy of cuDNN is rounded to about 1e-2 nats."""
+
+
+EMPTY = {"conformance": {}, "tuning": {}, "bench": {}, "spectrum": None, "steps": {}}
+"""Results before any step has run."""
+
+NO_TIME = "no time left"
+"""How a process ended that was not even started."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,50 @@ class Target:
     goal: str
     value: float | None
     hit: bool | None
+
+
+def earlier(path: pathlib.Path) -> dict:
+    """The results of earlier runs, empty if there are none.
+
+    Raises:
+      ValueError: a file that holds something else.
+    """
+    try:
+        found = {**EMPTY, **(json.loads(path.read_text()) if path.exists() else {})}
+        for section in ("conformance", "tuning", "bench", "steps"):
+            found[section] = {name: dict(entry) for name, entry in found[section].items() if entry is not None}
+        found["spectrum"] = dict(found["spectrum"]) if found["spectrum"] is not None else None
+        return found
+    except (AttributeError, OSError, RecursionError, TypeError, ValueError) as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path}: are no results of an earlier run ({told}); delete it or choose another --out"
+        ) from None
+
+
+def judged(earlier: dict, ended: dict[str, str], written: dict[str, list | None], measured: dict) -> dict:
+    """What conformance found about one implementation, and whether that proves it.
+
+    Args:
+      earlier: the same of an earlier run, or empty.
+      ended: how the process of each group of cases ended.
+      written: the lines that each has left, or None.
+      measured: date and versions of this run.
+
+    Returns:
+      ``passed`` only if every group has ended by itself and lines, all good, are there. A group keeps earlier lines
+      where there are no new ones; an earlier good end counts only if the group was not even started this time.
+    """
+    parts = dict(earlier.get("parts", {}))
+    for group, how in ended.items():
+        if how == NO_TIME and group in parts:
+            continue
+        lines = written[group]
+        part = {"records": lines, "measured": measured} if lines else parts.get(group, {"records": []})
+        parts[group] = {**part, "ended": how if lines or how != "done" else "wrote nothing"}
+    ran = [line["passed"] for part in parts.values() for line in part["records"] if line["passed"] is not None]
+    passed = {part["ended"] for part in parts.values()} == {"done"} and bool(ran) and all(ran)
+    return {"passed": passed, "parts": parts}
 
 
 def records(results: dict, group: str) -> dict[tuple[str, str, bool], dict]:

@@ -17,7 +17,8 @@ def targets(folder: pathlib.Path = RESULTS) -> str:
             value = "not measured" if target["value"] is None else f"{target['value']:.2f}"
             verdict = {True: "kept", False: "**missed**", None: ""}[target["hit"]]
             rows.append(f"| {target['name']} | {target['goal']} | {value} | {verdict} |")
-        blocks.append("\n".join((*rows, "", source(report))))
+        timed = (report["bench"].get("infinity") or {}).get("measured")
+        blocks.append("\n".join((*rows, "", source(report, timed))))
     return "\n\n".join(blocks) or NOTHING
 
 
@@ -37,8 +38,10 @@ def group(name: str, folder: pathlib.Path = RESULTS) -> str:
         for case in dict.fromkeys(line["case"] for line in lines):
             cells = [_cell(found.get((case, x, False)), found.get((case, x, True))) for x in names]
             rows.append(f"| {case} | " + " | ".join(cells) + " |")
-        timers = " and ".join(report["bench"][name]["timers"])
-        note = f"In brackets: time over that of cudnn without entropy. Timer: {timers}. {source(report)}"
+        timed = report["bench"][name]
+        timers = " and ".join(timed["timers"])
+        where = source(report, timed.get("measured"))
+        note = f"In brackets: time over that of cudnn without entropy. Timer: {timers}. {where}"
         blocks.append("\n".join((*rows, "", note)))
     return "\n\n".join(blocks) or NOTHING
 
@@ -49,11 +52,12 @@ def reports(folder: pathlib.Path) -> list[dict]:
     return [report for report in found if report["platform"] != "cpu"]
 
 
-def source(report: dict) -> str:
-    """Where and when, with versions."""
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+def source(report: dict, measured: dict | None = None) -> str:
+    """Where and when, with versions; ``measured`` has those of the step, which may be older than the latest run."""
+    measured = measured or report
+    versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items() if version)
     driver = f", driver {report['driver']}" if report["driver"] else ""
-    return f"{report['device']}{driver}, {versions}, {report['date'][:10]}; `benchmarks/gpu_suite.py`."
+    return f"{report['device']}{driver}, {versions}, {measured['date'][:10]}; `benchmarks/gpu_suite.py`."
 
 
 def _cell(plain: dict | None, entropy: dict | None) -> str:

@@ -3,7 +3,8 @@
     python benchmarks/tune_kernels.py mosaic_gpu --json F [--heads 1]
 
 A step of ``gpu_suite.py``, in a process of its own because a wrong configuration may hang. F is written before and
-after every configuration is tried; run again with the same F, the command goes on behind the one that did not return.
+after a configuration is lowered, compiled, run and timed, and names those that are being tried; run again with the
+same F, the command leaves out what did not return.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +28,7 @@ from pallas_kernels.attention.tuning import as_fields, size_class
 from pallas_kernels.bench import draw
 from pallas_kernels.conformance import check
 from pallas_kernels.profiling import measure
+from pallas_kernels.report import Parser, file_path, write_report
 
 KEY_CASES = (("infinity", "64x64"), ("infinity", "32x32"), ("infinity", "8x8"), ("fa3", "4096-h64"))
 """One for every size class at the width of the models, and the narrow heads."""
@@ -35,26 +39,50 @@ MOST_WITHOUT_ENTROPY = 8
 
 
 class Log:
-    """What was tried and how it went, on disk."""
+    """What was tried and how it went, on disk; several threads may compile at once.
+
+    Raises:
+      ValueError: a file that is not such a log.
+    """
 
     def __init__(self, path: pathlib.Path, implementation: str):
         self.path = path
-        fresh = {"implementation": implementation, "trying": None, "bad": [], "good": [], "timed": []}
-        self.state = json.loads(path.read_text()) if path.is_file() else fresh
-        if self.state["trying"] is not None:
-            self.bad(self.state["trying"], "did not return")
+        self.lock = threading.RLock()
+        fresh = {"implementation": implementation, "trying": [], "bad": [], "good": [], "timed": []}
+        try:
+            self.state = json.loads(path.read_text()) if path.is_file() else fresh
+            lost = list(self.state["trying"])
+            if self.state["implementation"] != implementation or set(self.state) != set(fresh):
+                raise KeyError
+        except (KeyError, OSError, TypeError, ValueError, RecursionError):
+            raise ValueError(f"--json {path}: is no log of tuning {implementation}; choose another file") from None
+        self.save()
+        for what in lost:
+            self.bad(what, "did not return")
 
     def save(self) -> None:
-        self.path.write_text(json.dumps(self.state, indent=1) + "\n")
+        write_report(self.path, self.state)
 
-    def trying(self, what: dict | None) -> None:
-        self.state["trying"] = what
-        self.save()
+    def trying(self, *these: dict) -> None:
+        """Say what will be blamed if nothing returns; nothing with no argument."""
+        with self.lock:
+            self.state["trying"] = list(these)
+            self.save()
+
+    def compiled(self, what: dict, program: Callable[[], Any]) -> Any:
+        """What ``program`` returns, called beside others; blamed while it runs."""
+        with self.lock:
+            self.trying(*self.state["trying"], what)
+        try:
+            return program()
+        finally:
+            with self.lock:
+                self.trying(*(other for other in self.state["trying"] if other != what))
 
     def bad(self, what: dict, reason: str) -> None:
         print(f"{what['case']} {what['config']}: {reason}", flush=True)
         self.state["bad"].append({**what, "reason": reason})
-        self.trying(None)
+        self.trying()
 
     def is_bad(self, what: dict) -> bool:
         return any({name: entry[name] for name in what} == what for entry in self.state["bad"])
@@ -65,19 +93,23 @@ def survey(log: Log, name: str, case: Case, dtype: str, configs: Sequence, with_
     arrays = draw(case, dtype)
     options = {"scale": case.scale, "block_mask": case.block_mask, "with_entropy": with_entropy}
 
-    def attempt(step, given):
-        if isinstance(given, Exception):
-            return given
+    def attempt(config, step):
+        if isinstance(step, Exception):
+            return step
         try:
-            return step(given)
+            return log.compiled(label(case, config), step)
         except Exception as error:  # Too much shared memory and the like: a reason to leave it out, not to stop.
             return error
 
     hopeful = [config for config in configs if not log.is_bad(label(case, config))]
     functions = [jax.jit(kernel(name, config=config, **options)) for config in hopeful]
-    lowered = [attempt(lambda function: function.lower(*arrays), function) for function in functions]
+    lowered = [
+        attempt(config, lambda function=function: function.lower(*arrays))
+        for config, function in zip(hopeful, functions, strict=True)
+    ]
+    steps = [program if isinstance(program, Exception) else program.compile for program in lowered]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        programs = list(pool.map(lambda program: attempt(lambda x: x.compile(), program), lowered))
+        programs = list(pool.map(attempt, hopeful, steps))
     running = {}
     for config, program in zip(hopeful, programs, strict=True):
         what = label(case, config)
@@ -90,8 +122,9 @@ def survey(log: Log, name: str, case: Case, dtype: str, configs: Sequence, with_
             log.bad(what, f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:200]}")
             continue
         running[str(len(running))] = (config, lambda program=program: program(*arrays))
-    log.trying(None)
-    timing = measure({key: run for key, (_, run) in running.items()}, rounds)
+    runs = {key: run for key, (_, run) in running.items()}
+    timing = measure(runs, rounds, lambda key: log.trying(label(case, running[key][0])))
+    log.trying()
     ranked = [(float(np.median(timing.milliseconds[key])), config) for key, (config, _) in running.items()]
     return [(time, config, timing.timer) for time, config in sorted(ranked, key=lambda pair: pair[0])]
 
@@ -109,7 +142,7 @@ def sound(log: Log, name: str, case: Case, dtype: str, config) -> bool:
         log.bad(what, record.reason or f"wrong: out {record.out}, entropy {record.entropy}")
         return False
     log.state["good"].append(what)
-    log.trying(None)
+    log.trying()
     return True
 
 
@@ -118,17 +151,20 @@ def label(case: Case, config) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "implementation", choices=[name for name in IMPLEMENTATIONS if name not in ("reference", "xla")]
     )
-    parser.add_argument("--json", type=pathlib.Path, required=True)
+    parser.add_argument("--json", type=file_path, required=True)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--heads", type=int, help="reduce every case to so many heads (slow machines)")
     options = parser.parse_args(arguments)
     name = options.implementation
-    log = Log(options.json, name)
+    try:
+        log = Log(options.json, name)
+    except ValueError as error:
+        parser.error(str(error))
     target = current_target()
     for group, wanted in KEY_CASES:
         case = next(case for case in CASES[group] if case.name == wanted)

@@ -2,7 +2,7 @@
 
 Prints milliseconds (median, quartiles), TFLOP/s, the share of the device's peak, the time over that of ``cudnn``
 without entropy, and what the entropy costs; writes all of it as JSON. Implementations take turns in every round. What
-cannot run is listed with its reason. Exit code 1 if something that should run failed, 2 for wrong options.
+cannot run is listed with its reason. Exit codes: 1 a failure, or nothing ran; 2 wrong options; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
-import json
-import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from pallas_kernels.attention.cases import CASES, Case
 from pallas_kernels.attention.problem import Problem
 from pallas_kernels.attention.target import current_target
 from pallas_kernels.profiling import environment, measure, peak_tflops
+from pallas_kernels.report import Parser, file_path, leave, write_report
 from pallas_kernels.spectrum import entropy_spectrum_ratio
 
 GROUPS = ("infinity", "fa3", "pruned", "tails")
@@ -111,8 +111,12 @@ def bench_case(
             except Exception as error:  # One line of the table; the others still count.
                 lines[key] = dataclasses.replace(lines[key], failure=_one_line(error))
     # Compilers release the interpreter lock, and compiling takes longer than all timing together.
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    pool = concurrent.futures.ThreadPoolExecutor()
+    try:
         compiling = {key: pool.submit(program.compile) for key, program in lowered.items()}
+        concurrent.futures.wait(compiling.values())
+    finally:  # An interrupt does not wait for what has not begun.
+        pool.shutdown(wait=False, cancel_futures=True)
     for key, future in compiling.items():
         try:
             run = future.result()
@@ -179,10 +183,8 @@ def reduced(case: Case, heads: int | None, max_queries: int | None, max_keys: in
     """The case with fewer heads and shorter; a block mask does not survive shortening."""
     if heads is not None:
         case = case.shrunk(heads=heads)
-    queries, keys = (
-        min(case.num_queries, max_queries or case.num_queries),
-        min(case.num_keys, max_keys or case.num_keys),
-    )
+    queries = min(case.num_queries, max_queries or case.num_queries)
+    keys = min(case.num_keys, max_keys or case.num_keys)
     if (queries, keys) == (case.num_queries, case.num_keys):
         return case
     lengths = None if case.key_length is None else tuple(min(length, keys) for length in case.key_length)
@@ -216,9 +218,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _text(line: Record) -> str:
-    name = (
-        f"{line.implementation:<11} {line.group + '/' + line.case:<22} {'entropy' if line.with_entropy else 'plain':<8}"
-    )
+    kind = "entropy" if line.with_entropy else "plain"
+    name = f"{line.implementation:<11} {line.group + '/' + line.case:<22} {kind:<8}"
     if line.milliseconds is None or line.quartiles is None:
         return f"{name} " + (f"FAILED: {line.failure}" if line.failure else f"not run: {line.reason}")
     spread = "{:.4f} to {:.4f}".format(*line.quartiles)
@@ -240,11 +241,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     head = environment()
     print(f"on {head['device']}, driver {head['driver']}, jax {head['versions']['jax']}, {head['date']}", flush=True)
     report: dict[str, Any] = {**head, "dtype": options.dtype, "rounds": options.rounds, "timers": [], "records": []}
     report["reduced"] = {name: getattr(options, name) for name in ("heads", "max_queries", "max_keys")}
-    failed = False
+    failed = ran = False
     entropies = {"both": (False, True), "with": (True,), "without": (False,)}[options.entropy]
     for group, full in ((name, case) for name in options.cases for case in CASES[name]):
         case = reduced(full, options.heads, options.max_queries, options.max_keys)
@@ -257,30 +266,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in lines:
             print(_text(line), flush=True)
             failed |= line.failure is not None
+            ran |= line.milliseconds is not None
             report["records"].append(dataclasses.asdict(line))
-        _write(options.json, report)
+        write_report(options.json, report)
     if options.spectrum:
         report["spectrum"] = bench_spectrum(options.rounds)
         milliseconds, error = (report["spectrum"][name] for name in ("milliseconds", "relative_error"))
         print(f"spectrum ratio of {SPECTRUM_MAPS} maps: {milliseconds:.4f} ms, relative error {error:.1e}")
-        failed |= not error < 1e-3
-        _write(options.json, report)
-    return int(failed)
-
-
-def _write(path: pathlib.Path | None, report: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+        ran, failed = True, failed or not error < 1e-3
+        write_report(options.json, report)
+    print("" if ran else "nothing ran\n", end="")
+    return int(failed or not ran)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m pallas_kernels.bench", description="Times every attention implementation on the same shapes."
     )
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
@@ -292,9 +292,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-queries", type=int, help="shorten every case (slow machines)")
     parser.add_argument("--max-keys", type=int, help="shorten every case (slow machines)")
     parser.add_argument("--spectrum", action="store_true", help="also time the spectrum ratio")
-    parser.add_argument("--json", type=pathlib.Path, help="also write everything here, after every case")
+    parser.add_argument("--json", type=file_path, help="also write everything here, after every case")
     return parser
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

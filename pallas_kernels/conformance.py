@@ -12,7 +12,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,11 @@ class Bounds:
     entropy: float
     rank: float = 0.999
 
+    def hold(self, errors: Mapping[str, float]) -> bool:
+        """Whether errors, as :func:`measure` names them, are within the bounds."""
+        largest = all(errors[name] <= getattr(self, name) for name in ("out", "log_sum_exp", "entropy"))
+        return largest and errors["rank"] >= self.rank
+
 
 BOUNDS = {
     "float32": Bounds(out=1e-5, log_sum_exp=1e-5, entropy=1e-5),
@@ -96,7 +101,9 @@ def measure(got: AttentionOutput, want: ExactAttention, rows: np.ndarray) -> dic
     seen = np.isfinite(want.log_sum_exp)
     errors = {"out": _relative(out, want.out), "log_sum_exp": _relative(log_sum_exp[seen], want.log_sum_exp[seen])}
     blind = ~seen
-    if np.any(log_sum_exp[blind] > MASKED / 2) or np.any(out.swapaxes(1, 2)[blind] != 0.0):
+    if np.any(log_sum_exp[blind] != np.float32(MASKED)):
+        errors["log_sum_exp"] = float("inf")
+    if np.any(out.swapaxes(1, 2)[blind] != 0.0):
         errors["out"] = float("inf")
     if got.entropy is not None:
         entropy = np.asarray(got.entropy, np.float64)[..., rows]
@@ -150,12 +157,7 @@ def check(
     errors = {name: max(error, without.get(name, error)) for name, error in errors.items()}
     repeats = all(np.array_equal(a, b) for a, b in zip(got, again, strict=True))
     bounds = IDENTITY_BOUNDS if implementation == "cudnn" else BOUNDS[dtype]
-    passed = (
-        repeats
-        and all(errors[name] <= getattr(bounds, name) for name in ("out", "log_sum_exp", "entropy"))
-        and errors["rank"] >= bounds.rank
-    )
-    return dataclasses.replace(line, **errors, repeats=repeats, passed=passed)
+    return dataclasses.replace(line, **errors, repeats=repeats, passed=repeats and bounds.hold(errors))
 
 
 def run(
@@ -249,6 +251,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.heads is not None and options.heads < 1:
         parser.error(f"--heads {options.heads}: must be at least 1; leave it out for the full cases")
+    if options.interpret and "mosaic_tpu" not in options.implementations:
+        parser.error("--interpret: must come with --implementations mosaic_tpu, the only one it is for; add it")
+    if options.json is not None:
+        try:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.touch()
+        except OSError as error:
+            parser.error(f"--json {options.json}: cannot be written ({error.strerror}); choose another file")
+        if options.json.is_dir():
+            parser.error(f"--json {options.json}: is a folder; name a file in it")
     print(f"on {current_target()}, jax {jax.__version__}")
     records = []
     for line in run(
@@ -259,9 +271,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json is not None:
             options.json.write_text(json.dumps([dataclasses.asdict(record) for record in records], indent=1) + "\n")
     failed = [line for line in records if line.passed is False]
-    print(f"{sum(line.passed is True for line in records)} passed, {len(failed)} failed, of {len(records)}")
-    return 1 if failed else 0
+    passed = [line for line in records if line.passed]
+    print(f"{len(passed)} passed, {len(failed)} failed, of {len(records)}")
+    if not passed and not failed:
+        print("nothing ran: see the reasons above", file=sys.stderr)
+    return 0 if passed and not failed else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        # What was finished is in the file; the shell's code for an interrupt.
+        sys.exit(130)

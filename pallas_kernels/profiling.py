@@ -62,7 +62,9 @@ class Timing:
     milliseconds: dict[str, list[float]]
 
 
-def measure(functions: Mapping[str, Callable[[], Any]], rounds: int) -> Timing:
+def measure(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, announce: Callable[[str], None] = lambda name: None
+) -> Timing:
     """Time functions in turns, so that a drift of the device's clock meets all of them alike.
 
     Kernel times leave out launches and gaps between kernels, which is what is wanted of single kernels and flatters
@@ -72,22 +74,25 @@ def measure(functions: Mapping[str, Callable[[], Any]], rounds: int) -> Timing:
       functions: calls without arguments that return arrays; compiled before, because each is only called twice
         before it is timed.
       rounds: calls of each function.
+      announce: told a function's name before each of its calls, outside the time that is taken.
     """
-    for run in functions.values():
+    for name, run in functions.items():
         for _ in range(2):
+            announce(name)
             jax.block_until_ready(run())
     if jax.default_backend() != "cpu":
         names = [name for _ in range(rounds) for name in functions]
-        kernels, windows = _trace([functions[name] for name in names])
+        kernels, windows = _trace(functions, names, announce)
         if kernels:
             times = attribute(kernels, windows, names)
             if times is None:  # The clocks of host and device disagree: one trace per function needs neither.
-                alone = {name: _trace([run] * rounds)[0] for name, run in functions.items()}
+                alone = {name: _trace(functions, [name] * rounds, announce)[0] for name in functions}
                 times = {name: [sum(span.duration for span in spans) / 1e6 / rounds] for name, spans in alone.items()}
             return Timing("profiler", times)
     times = {name: [] for name in functions}
     for _ in range(rounds):
         for name, run in functions.items():
+            announce(name)
             start = time.perf_counter()
             jax.block_until_ready(run())
             times[name].append(1e3 * (time.perf_counter() - start))
@@ -129,16 +134,19 @@ def _between(window: Span, following: Span) -> float:
     return (window.start + window.duration + following.start) / 2
 
 
-def _trace(calls: Sequence[Callable[[], Any]]) -> tuple[list[Span], list[Span]]:
-    """Device spans, and host spans of the calls, of running ``calls`` one after the other."""
+def _trace(
+    functions: Mapping[str, Callable[[], Any]], names: Sequence[str], announce: Callable[[str], None]
+) -> tuple[list[Span], list[Span]]:
+    """Device spans, and host spans of the calls, of running the named functions one after the other."""
     options = ProfileOptions()
     options.python_tracer_level = 0
     options.host_tracer_level = 1
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
-            for number, run in enumerate(calls):
+            for number, name in enumerate(names):
+                announce(name)
                 with TraceAnnotation(f"{_PREFIX}{number}"):
-                    jax.block_until_ready(run())
+                    jax.block_until_ready(functions[name]())
                 time.sleep(_PAUSE)
         planes = [
             plane

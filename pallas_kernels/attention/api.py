@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -26,12 +25,17 @@ from pallas_kernels.attention.xla_chunked import chunked_attention
 
 Implementation = Literal["reference", "xla", "cudnn", "mosaic_gpu", "triton", "mosaic_tpu"]
 """``reference`` (dense float32 softmax) and ``xla`` (chunked, linear memory) run on every device; ``cudnn`` and
-``triton`` on NVIDIA GPUs from Ampere on, ``mosaic_gpu`` on Hopper, ``mosaic_tpu`` on TPUs."""
+``triton`` on NVIDIA GPUs (Ampere, Ada, Hopper), ``mosaic_gpu`` on Hopper, ``mosaic_tpu`` on TPUs."""
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 _KERNELS = {"cudnn": "cudnn", "mosaic_gpu": "mosaic_gpu", "triton": "triton_gpu", "mosaic_tpu": "mosaic_tpu"}
 """Implementation -> module, imported on first use: kernel languages are optional dependencies and slow to import."""
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+_LARGEST_SCALE = 1e30
+"""Beyond, products with float32 scores overflow."""
 
 _DENSE_LIMIT = 2**24
 """Score-matrix size (elements per batch row) up to which the dense form is chosen: 64 MiB in float32."""
@@ -50,9 +54,9 @@ def attention(
 ) -> AttentionOutput:
     """Softmax attention, with the log-sum-exp and, on request, the entropy of every row.
 
-    Any lengths; float32 statistics whatever the input dtype. Keys at or past ``key_length`` and keys outside the block
-    mask are invisible; a row without visible keys gives zeros and zero entropy. Differentiable in reverse mode, also
-    through the entropy.
+    Any lengths; float32 statistics whatever the input dtype; dot products between -1e30 and 1e30. Keys at or past
+    ``key_length`` and keys outside the block mask are invisible; a row without visible keys gives zeros and zero
+    entropy. Differentiable in reverse mode, also through the entropy; in forward mode only ``reference``.
 
     Args:
       q: queries ``[B, T, N, H]``.
@@ -76,17 +80,22 @@ def attention(
       NotImplementedError: none of the given implementations can run; the text carries every reason.
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    if key_length is not None:
-        key_length = jnp.asarray(key_length)
-    mask = _validate(q, k, v, scale, key_length, block_mask)
+    mask = _validate(q, k, v, scale, block_mask)
     scale = float(scale)
+    if key_length is not None:
+        key_length = _validated_lengths(key_length, q.shape[0], k.shape[1])
     problem = Problem.of(q, k, key_length=key_length, block_mask=mask, with_entropy=with_entropy)
     name = choose(problem, current_target(q), implementation)
-    if name not in _KERNELS:
-        run = dense_attention if name == "reference" else chunked_attention
-        return run(q, k, v, scale=scale, key_length=key_length, block_mask=mask, with_entropy=with_entropy)
-    forward = kernel(name, scale=scale, block_mask=mask, with_entropy=with_entropy)
-    return with_derivatives(forward, q, k, v, key_length, scale=scale, block_mask=mask)
+    options: dict[str, Any] = {"scale": scale, "block_mask": mask, "with_entropy": with_entropy}
+    if name == "reference":
+        return dense_attention(q, k, v, key_length=key_length, **options)
+    is_kernel = name in _KERNELS
+    forward = kernel(name, **options) if is_kernel else _chunked(**options)
+    return with_derivatives(forward, q, k, v, key_length, scale=scale, block_mask=mask, is_kernel=is_kernel)
+
+
+def _chunked(**options: Any):
+    return lambda q, k, v, key_length: chunked_attention(q, k, v, key_length=key_length, **options)
 
 
 def kernel(name: str, *, scale: float, block_mask: BlockMask | None, with_entropy: bool, config: Any = None):
@@ -145,6 +154,8 @@ def choose(problem: Problem, target: Target, implementation: str | Sequence[str]
             ),
             fallback,
         )
+    if not isinstance(implementation, str | Sequence):
+        raise ValueError(f"implementation {implementation!r}: must be a name or a list of names; None chooses for you")
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown or not names:
@@ -159,22 +170,25 @@ def choose(problem: Problem, target: Target, implementation: str | Sequence[str]
     raise NotImplementedError(f"cannot run on {target}: {'; '.join(reasons)}; implementation={fallback!r} can")
 
 
-def _validate(q, k, v, scale: float, key_length, block_mask) -> BlockMask | None:
+def _validate(q, k, v, scale: float, block_mask) -> BlockMask | None:
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not (q.ndim == k.ndim == v.ndim == 4):
         raise ValueError(f"{shapes}: must all have rank 4 [batch, length, heads, head dim]; add the missing axes")
     if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(f"{shapes}: batch, heads and head dim must agree, and k and v be alike; check the projections")
+    if q.shape[3] == 0:
+        raise ValueError(f"{shapes}: must have a head dim of at least 1; check the projections")
     if k.shape[1] == 0:
         raise ValueError(f"{shapes}: must hold at least one key; hide keys with key_length instead")
-    if not jnp.issubdtype(q.dtype, jnp.floating) or not (q.dtype == k.dtype == v.dtype):
-        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: must be one floating dtype; cast the inputs")
+    if str(q.dtype) not in _DTYPES or not (q.dtype == k.dtype == v.dtype):
+        known = " or ".join(_DTYPES)
+        raise ValueError(
+            f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: must be one floating dtype, {known}; cast the inputs"
+        )
     if isinstance(scale, Tracer):
         raise ValueError("scale of a traced array: must be a Python number; multiply the queries by what is traced")
-    if not 0.0 < scale < math.inf:
-        raise ValueError(f"scale {scale}: must be positive and finite; negate the queries instead")
-    if key_length is not None:
-        _validate_lengths(key_length, q.shape[0], k.shape[1])
+    if not isinstance(scale, (int, float, np.number, np.ndarray, jax.Array)) or not 0.0 < scale <= _LARGEST_SCALE:
+        raise ValueError(f"scale {scale!r}: must be a positive number up to {_LARGEST_SCALE:g}; scale the queries")
     if block_mask is None:
         return None
     if isinstance(block_mask, jax.Array):
@@ -184,13 +198,17 @@ def _validate(q, k, v, scale: float, key_length, block_mask) -> BlockMask | None
     return mask
 
 
-def _validate_lengths(key_length, batch: int, num_keys: int) -> None:
+def _validated_lengths(key_length, batch: int, num_keys: int) -> Array:
+    if not isinstance(key_length, jax.Array):
+        # Judged before the conversion, which would cut large numbers down to 32 bits.
+        key_length = np.asarray(key_length, np.int64 if not len(key_length) else None)
     if key_length.shape != (batch,):
         raise ValueError(f"key_length {key_length.shape}: must be one number per batch row {(batch,)}; reshape it")
     if not jnp.issubdtype(key_length.dtype, jnp.integer):
         raise ValueError(f"key_length dtype {key_length.dtype}: must be an integer; cast it")
     if isinstance(key_length, Tracer) or not getattr(key_length, "is_fully_addressable", True):
-        return
+        return jnp.asarray(key_length)
     wrong = [int(length) for length in np.asarray(key_length) if not 0 <= length <= num_keys]
     if wrong:
         raise ValueError(f"key_length {wrong[0]}: must be in 0..{num_keys}, the number of keys; clip it")
+    return jnp.asarray(key_length)

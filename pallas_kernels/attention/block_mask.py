@@ -44,8 +44,12 @@ class BlockMask:
 
     def __post_init__(self):
         for name, size in (("query_block", self.query_block), ("key_block", self.key_block)):
-            if size < BLOCK or size % BLOCK:
-                raise ValueError(f"{name} {size}: must be a multiple of {BLOCK}; merge the blocks of the pattern")
+            if not isinstance(size, int) or size < BLOCK or size % BLOCK:
+                raise ValueError(
+                    f"{name} {size!r}: must be an integer multiple of {BLOCK}; merge the blocks of the pattern"
+                )
+        if not all(isinstance(seen, bool) for row in self.visible for seen in row):
+            raise ValueError("visible with entries that are not bool: must hold True and False; use from_array")
         widths = {len(row) for row in self.visible}
         if len(widths) != 1 or 0 in widths:
             raise ValueError(f"visible with rows of {sorted(widths)} blocks: must be a rectangle; fill it up")

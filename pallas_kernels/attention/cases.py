@@ -33,6 +33,7 @@ class Case:
       scores: how queries and keys are distributed.
       key_length: visible keys per batch row, or None for all.
       block_mask: block-sparse pattern, or None.
+      poisoned: whether NaN lies past the visible keys.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Case:
     scores: Scores = "normal"
     key_length: tuple[int, ...] | None = None
     block_mask: BlockMask | None = None
+    poisoned: bool = False
 
     def draw(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Float32 ``q, k, v``."""
@@ -65,6 +67,9 @@ class Case:
             # every sum below 2^24 is exact in every dtype and order.
             q, k = np.clip(np.round(q), -2, 2), np.clip(np.round(k), -2, 2)
             q[..., 0], k[..., 0] = 1024.0, -1024.0
+        for row, length in enumerate(self.key_length or ()):
+            if self.poisoned:
+                k[row, length:] = v[row, length:] = np.nan
         return q, k, v
 
     def shrunk(self, *, heads: int = 1, batch: int | None = None) -> Case:
@@ -128,6 +133,7 @@ def _edges() -> tuple[Case, ...]:
         Case("nothing", scale=0.1, key_length=(0, 777), **plain),
         Case("one key", scale=0.1, key_length=(1, 128), **plain),
         Case("tile edges", scale=0.1, key_length=(127, 129), **plain),
+        Case("poisoned", scale=0.1, key_length=(300, 640), poisoned=True, **plain),
         Case("pattern", 2, 450, 1100, 2, 128, 0.1, block_mask=BlockMask.from_array(pattern)),
         Case("ragged pattern", 2, 450, 1100, 2, 64, 0.1, "normal", (1100, 200), BlockMask.from_array(pattern)),
         Case("wide blocks", 2, 600, 800, 2, 128, 0.1, block_mask=_wide_blocks()),

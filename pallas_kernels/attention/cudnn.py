@@ -29,7 +29,7 @@ class CudnnConfig:
 
 
 def why_not(problem: Problem, target: Target) -> str | None:
-    """The reason why cuDNN cannot run ``problem`` on ``target``, in one line; None when it can."""
+    """The reason why cuDNN cannot run ``problem`` on ``target``, or is not there, in one line; None when it can."""
     if target.platform != "cuda":
         return f"platform {target.platform}: cuDNN needs an NVIDIA GPU"
     if target.compute_capability is not None and target.compute_capability < (8, 0):
@@ -42,6 +42,17 @@ def why_not(problem: Problem, target: Target) -> str | None:
     largest = 256 if target.compute_capability is not None and target.compute_capability >= (9, 0) else 128
     if problem.head_dim % 8 or problem.head_dim > largest:
         return f"head dim {problem.head_dim}: cuDNN attention needs a multiple of 8 up to {largest} on {target}"
+    return _missing()
+
+
+def _missing() -> str | None:
+    """The same look that the call takes, so that a list of implementations falls through to the next one."""
+    try:
+        from jax._src.cudnn.fused_attention_stablehlo import check_cudnn_version
+
+        check_cudnn_version()
+    except (ImportError, AttributeError, RuntimeError):
+        return "cuDNN not found (jax[cuda13] installs it)"
     return None
 
 

@@ -1,8 +1,8 @@
-"""Makes a forward-only kernel differentiable and mappable.
+"""Derivatives in linear memory, for kernels and for chunked XLA; ``vmap`` for kernels.
 
-Kernels compute the forward pass. The backward pass recomputes the weights from the log-sum-exp, chunk by chunk, with
-XLA: linear memory on every device. ``vmap`` folds the mapped axis into the batch, because not every kernel language has
-a batching rule of its own.
+Kernels compute the forward pass only, and differentiating a scan over chunks would keep the weights of all of them. So
+the backward pass recomputes the weights from the log-sum-exp, chunk by chunk, with XLA. ``vmap`` folds the mapped axis
+into a kernel's batch, because not every kernel language has a batching rule of its own.
 """
 
 from __future__ import annotations
@@ -37,22 +37,24 @@ def with_derivatives(
     *,
     scale: float,
     block_mask: BlockMask | None,
+    is_kernel: bool = True,
 ) -> AttentionOutput:
     """Run ``forward``; reverse-mode derivatives of all three results, and ``vmap``, work as for plain JAX code.
 
     Args:
-      forward: the kernel; it must use the ``scale`` and ``block_mask`` given here.
+      forward: the forward pass; it must use the ``scale`` and ``block_mask`` given here.
       q: queries.
       k: keys.
       v: values.
       key_length: number of visible keys per batch row, or None for all.
       scale: factor on the dot products.
       block_mask: the block-sparse pattern, or None.
+      is_kernel: whether ``forward`` needs ``vmap`` to be folded into the batch; plain JAX code does not.
     """
 
     @jax.custom_vjp
     def run(q, k, v, key_length):
-        return _folding(forward)(q, k, v, key_length)
+        return (_folding(forward) if is_kernel else forward)(q, k, v, key_length)
 
     def run_forward(q, k, v, key_length):
         got = run(q, k, v, key_length)
@@ -78,6 +80,11 @@ def _folding(forward: Forward):
 
     @run.def_vmap
     def fold(axis_size: int, is_mapped: Any, *arguments):
+        if axis_size == 0:
+            one = jax.tree.map(lambda mapped, x: jnp.zeros(x.shape[mapped:], x.dtype), tuple(is_mapped), arguments)
+            empty = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), jax.eval_shape(run, *one))
+            return empty, jax.tree.map(lambda _: True, empty)
+
         def merge(mapped: bool, array: Array) -> Array:
             full = array if mapped else jnp.broadcast_to(array, (axis_size, *array.shape))
             return full.reshape(axis_size * full.shape[1], *full.shape[2:])
@@ -134,7 +141,7 @@ def attention_gradients(
         d_query, d_keys, d_values = carry
         start = index * chunk
         key, value = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (keys, values))
-        position = start + jnp.arange(chunk)
+        position = start + jnp.arange(chunk, dtype=jnp.int32)
         present = position[None] < limit[:, None]
         key, value = (jnp.where(present[..., None, None], x, 0) for x in (key, value))
         visible = present[:, None, None]
@@ -156,7 +163,7 @@ def attention_gradients(
         )
         return (d_query, d_keys, d_values), None
 
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q, keys, values)]
+    zeros = [jnp.zeros_like(x, jnp.float32) for x in (q, keys, values)]
     visited = jnp.asarray(chunks_in_use(block_mask, num_keys, chunk))
     (d_query, d_keys, d_values), _ = jax.lax.scan(step, tuple(as_varying(zeros, (q, k, v, limit, d_out))), visited)
     return d_query.astype(q.dtype), d_keys[:, :num_keys].astype(k.dtype), d_values[:, :num_keys].astype(v.dtype)

@@ -164,6 +164,10 @@ def mosaic_gpu_attention(
 ) -> AttentionOutput:
     """Attention by the Hopper kernel; see :func:`pallas_kernels.attention` for the arguments.
 
+    Exact for dot products that are, times the scale, between -1e6 and 1e6. The largest of a row is rounded before it is
+    subtracted, which cancels, but lets weights exceed 1: by 5% there, by more than float16 holds from about 1e8 on.
+    What reaches -1e30 counts as invisible.
+
     Raises:
       NotImplementedError: the configuration does not fit the device or the mask.
     """

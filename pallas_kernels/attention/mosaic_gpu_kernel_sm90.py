@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -38,6 +39,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention.mosaic_gpu_rows import LOG2_E, Rows, finish_rows, softmax_tile, spread
 from pallas_kernels.attention.reference import MASKED
 
+# Where 64-bit types are enabled, a Python number handed to a function of JAX is 64 bits wide.
+int32 = np.int32
 Accumulator = plgpu.WGMMAAccumulatorRef
 Hook = Callable[[], None]
 
@@ -119,11 +122,11 @@ class Launch:
 
     def next_slot(self, slot: jax.Array) -> jax.Array:
         """The slot of the ring after this one; carried along, since a remainder costs more."""
-        return jnp.where(slot == self.stages - 1, 0, slot + 1)
+        return jnp.where(slot == self.stages - 1, int32(0), slot + 1)
 
     def previous_slot(self, slot: jax.Array) -> jax.Array:
         """The slot of the ring before this one."""
-        return jnp.where(slot == 0, self.stages - 1, slot - 1)
+        return jnp.where(slot == 0, int32(self.stages - 1), slot - 1)
 
     def over(self, blocks: int) -> Launch:
         """The same on a grid of this many blocks."""
@@ -313,27 +316,28 @@ class Tile(NamedTuple):
     head: jax.Array
     query: jax.Array
     limit: jax.Array | int
-    full: jax.Array | int
-    visits: jax.Array | int
+    full: jax.Array | np.int32
+    visits: jax.Array | np.int32
     row: jax.Array | int
 
 
 def _tile(index: jax.Array, launch: Launch, memory: dict) -> Tile:
     """The tile of queries with this index; the tiles of a head follow each other, so that they share its keys in L2."""
-    query_tile = lax.rem(index, launch.query_tiles)
-    rest = lax.div(index, launch.query_tiles)
-    head, batch = lax.rem(rest, launch.heads), lax.div(rest, launch.heads)
+    query_tiles, heads = int32(launch.query_tiles), int32(launch.heads)
+    query_tile, rest = lax.rem(index, query_tiles), lax.div(index, query_tiles)
+    head, batch = lax.rem(rest, heads), lax.div(rest, heads)
     limit = memory["limits"][batch] if launch.ragged else launch.num_keys
     if launch.table_width:
         visits = memory["visits"][batch * launch.query_tiles + query_tile]
         row = query_tile * launch.table_width
-        last = memory["table"][row + jnp.maximum(visits - 1, 0)]
+        last = memory["table"][row + jnp.maximum(visits - 1, int32(0))]
         partial = (visits > 0) & ((last + 1) * launch.key_tile > limit)
         full = visits - partial.astype(jnp.int32)
     else:
-        row, full, visits = 0, limit // launch.key_tile, pl.cdiv(limit, launch.key_tile)
+        row, size = 0, int32(launch.key_tile)
+        full, visits = int32(launch.num_keys // launch.key_tile), int32(pl.cdiv(launch.num_keys, launch.key_tile))
         if launch.ragged:
-            full, visits = lax.div(limit, launch.key_tile), lax.div(limit + launch.key_tile - 1, launch.key_tile)
+            full, visits = lax.div(limit, size), lax.div(limit + (size - 1), size)
     return Tile(batch, head, query_tile * launch.block_queries, limit, full, visits, row)
 
 
@@ -348,12 +352,15 @@ def _for_each_tile(launch: Launch, memory: dict, visit, carry: jax.Array) -> Non
     if launch.blocks == launch.tiles:
         visit(_tile(block, launch, memory), carry)
         return
-    count = lax.div(launch.tiles - block + launch.blocks - 1, launch.blocks)
-    lax.fori_loop(0, count, lambda i, carry: visit(_tile(block + i * launch.blocks, launch, memory), carry), carry)
+    count = lax.div(launch.tiles - block + launch.blocks - 1, int32(launch.blocks))
+    lax.fori_loop(
+        int32(0), count, lambda i, carry: visit(_tile(block + i * launch.blocks, launch, memory), carry), carry
+    )
 
 
 def _for_each_key_tile(start: jax.Array | int, tile: Tile, launch: Launch, step, carry):
     """``step(visit, carry, partial)`` for the visited key tiles from ``start`` on; only the last can be partial."""
+    start = jnp.asarray(start, jnp.int32)
     whole = jnp.maximum(start, tile.full)
     carry = lax.fori_loop(start, whole, lambda i, carry: step(i, carry, False), carry)
     if launch.has_tail:
@@ -373,7 +380,7 @@ def _copy(launch: Launch, memory: dict) -> None:
         def chunk(i, _):
             plgpu.copy_gmem_to_smem(source.at[:, pl.ds(i * CHUNK, CHUNK)], plain(destination.at[i]), barrier)
 
-        lax.fori_loop(0, launch.chunks, chunk, None)
+        lax.fori_loop(int32(0), int32(launch.chunks), chunk, None)
 
     def rows(name, tile, start, size):
         return memory[name].at[tile.batch, pl.ds(start, size), tile.head]
@@ -420,7 +427,7 @@ def _clear_rows(values: Any, first: jax.Array, launch: Launch) -> None:
             piece = block_of_rows(values.at[chunk], index)
             piece[...] = jnp.where(row < first, piece[...], jnp.zeros((), values.dtype))
 
-    lax.fori_loop(lax.div(first, ROWS), launch.key_tile // ROWS, clear, None)
+    lax.fori_loop(lax.div(first, int32(ROWS)), int32(launch.key_tile // ROWS), clear, None)
 
 
 def _compute(warpgroup: jax.Array, launch: Launch, memory: dict) -> None:
@@ -530,10 +537,10 @@ def _compute(warpgroup: jax.Array, launch: Launch, memory: dict) -> None:
             return out
 
         weights = rounded(zeros(*shape))
-        once = jnp.minimum(tile.visits, 1)
-        carry = lax.fori_loop(0, once, first, (out, rows, weights, slot))
+        once = jnp.minimum(tile.visits, int32(1))
+        carry = lax.fori_loop(int32(0), once, first, (out, rows, weights, slot))
         out, rows, weights, slot = _for_each_key_tile(once, tile, launch, step, carry)
-        return lax.fori_loop(0, once, last, out), rows, slot
+        return lax.fori_loop(int32(0), once, last, out), rows, slot
 
     def visit_tile(tile: Tile, slot):
         plgpu.barrier_wait(memory["q_full"])
@@ -574,7 +581,7 @@ def _store(out: jax.Array, rows: Rows, tile: Tile, warpgroup: jax.Array, launch:
         target = memory["out"].at[tile.batch, queries, tile.head, pl.ds(i * CHUNK, CHUNK)]
         plgpu.copy_smem_to_gmem(plain(staged.at[i]), target)
 
-    lax.fori_loop(0, launch.chunks, store_chunk, None)
+    lax.fori_loop(int32(0), int32(launch.chunks), store_chunk, None)
     plgpu.copy_smem_to_gmem(memory["lse_smem"].at[warpgroup], memory["lse"].at[tile.batch, tile.head, queries])
     if launch.with_entropy:
         source = memory["entropy_smem"].at[warpgroup]

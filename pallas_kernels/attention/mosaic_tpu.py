@@ -100,15 +100,17 @@ def _call(problem: Problem, config: MosaicTpuConfig, shape: Shape, axes):
     masked = problem.block_mask is not None
     batch, heads, head_dim = problem.batch, problem.heads, problem.head_dim
     query_tile = config.query_tile
+    # Where 64-bit types are enabled, a Python number would be a 64-bit index, which no TPU computes.
+    first = np.int32(0)
 
     def query_block(row, head, query, step, *prefetched):
-        return row, head, query, 0
+        return row, head, query, first
 
     def key_block(row, head, query, step, lengths_ref, visits_ref, tiles_ref=None):
-        return row, head, visited_tile(shape, row, query, step, visits_ref, tiles_ref), 0
+        return row, head, visited_tile(shape, row, query, step, visits_ref, tiles_ref), first
 
     def statistic_block(row, head, query, step, *prefetched):
-        return row, head, 0, query
+        return row, head, first, query
 
     def kernel(lengths_ref, visits_ref, *refs):
         tiles_ref, refs = (refs[0], refs[1:]) if masked else (None, refs)

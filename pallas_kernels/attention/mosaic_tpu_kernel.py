@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.reference import MASKED
@@ -21,8 +22,13 @@ from pallas_kernels.attention.reference import MASKED
 LANES = 128
 """Width of a vector register, the unit of the last axis."""
 
+_LARGE_SCALE = 1e8
+"""Up to here, a difference of two scores within 1e30 does not overflow when it is multiplied by the scale."""
+
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
+# Where 64-bit types are enabled, a Python number handed to a function of JAX is 64 bits wide, which no TPU computes.
+_MASKED, _ZERO, _ONE = np.float32(MASKED), np.float32(0.0), np.float32(1.0)
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def visited_tile(shape: Shape, row, query_tile, step, visits_ref, tiles_ref):
       visits_ref: int32 ``[B * query tiles]``, how many key tiles are visited.
       tiles_ref: int32 ``[query tiles * visits]``, which ones, or None where it is the first ones.
     """
-    visit = jnp.maximum(jnp.minimum(step, visits_ref[row * shape.query_tiles + query_tile] - 1), 0)
+    visit = jnp.maximum(jnp.minimum(step, visits_ref[row * shape.query_tiles + query_tile] - 1), np.int32(0))
     return visit if tiles_ref is None else tiles_ref[query_tile * shape.visits + visit]
 
 
@@ -82,7 +88,7 @@ def attention_kernel(lengths_ref, visits_ref, tiles_ref, *refs, shape: Shape):
 
     @pl.when(step == 0)
     def start():
-        maximum_ref[...] = jnp.full_like(maximum_ref, MASKED)
+        maximum_ref[...] = jnp.full_like(maximum_ref, _MASKED)
         for ref in (weighted_ref, total_ref, *moment_ref):
             ref[...] = jnp.zeros_like(ref)
 
@@ -94,7 +100,7 @@ def attention_kernel(lengths_ref, visits_ref, tiles_ref, *refs, shape: Shape):
         visible = None
         if remaining is not None:
             visible = jax.lax.broadcasted_iota(jnp.int32, (1, shape.compute_tile), 1) < remaining
-            products = jnp.where(visible, products, MASKED)
+            products = jnp.where(visible, products, _MASKED)
             # Zero weights do not silence what lies past the end of the array: 0 * NaN is NaN.
             held = jax.lax.broadcasted_iota(jnp.int32, (shape.compute_tile, 1), 0) < remaining
             value = jnp.where(held, value, jnp.zeros_like(value))
@@ -104,13 +110,15 @@ def attention_kernel(lengths_ref, visits_ref, tiles_ref, *refs, shape: Shape):
         exponent = (products - _repeat(maximum, shape.compute_tile)) * jnp.float32(shape.scale * _LOG2_E)
         weights = jnp.exp2(exponent)
         if visible is not None:
-            weights = jnp.where(visible, weights, 0.0)
+            weights = jnp.where(visible, weights, _ZERO)
         # At a row's first keys the difference is that to the mask; finite, it meets a total of zero.
-        change = jnp.maximum((before - maximum) * jnp.float32(shape.scale * _LOG2_E), MASKED)
+        change = jnp.maximum((before - maximum) * jnp.float32(shape.scale * _LOG2_E), _MASKED)
         rescale = jnp.exp2(change)
         if shape.with_entropy:
             (moment,) = moment_ref
-            moment[...] = rescale * (moment[...] + change * total_ref[...]) + _fold(weights * exponent)
+            # Scores differ by up to 2e30, times the scale by more than float32 holds: 0 * inf is NaN.
+            finite = exponent if shape.scale < _LARGE_SCALE else jnp.maximum(exponent, _MASKED)
+            moment[...] = rescale * (moment[...] + change * total_ref[...]) + _fold(weights * finite)
         total_ref[...] = rescale * total_ref[...] + _fold(weights)
         added = _dot(weights.astype(value.dtype), value, contract=0)
         weighted_ref[...] = _repeat(rescale, weighted_ref.shape[1]) * weighted_ref[...] + added
@@ -138,18 +146,18 @@ def attention_kernel(lengths_ref, visits_ref, tiles_ref, *refs, shape: Shape):
     @pl.when(step == shape.visits - 1)
     def finish():
         total = jnp.sum(total_ref[...], axis=1, keepdims=True)
-        inverse = 1.0 / jnp.where(total > 0, total, 1.0)
+        inverse = 1.0 / jnp.where(total != 0, total, _ONE)
         out_ref[...] = (weighted_ref[...] * inverse).astype(out_ref.dtype)
         # One number per query: along lanes, as in the result, a tile takes as many bytes as it has numbers; down
         # sublanes it would take 128 times as many.
         total = jnp.sum(total_ref[...].T, axis=0, keepdims=True)
-        divisor = jnp.where(total > 0, total, 1.0)
+        divisor = jnp.where(total != 0, total, _ONE)
         log_total = jnp.log(divisor)
         log_sum_exp = jnp.float32(shape.scale) * maximum_ref[...].T[:1] + log_total
-        log_sum_exp_ref[...] = jnp.where(total > 0, log_sum_exp, MASKED)
+        log_sum_exp_ref[...] = jnp.where(total != 0, log_sum_exp, _MASKED)
         if entropy_ref is not None:
             moment = jnp.sum(moment_ref[0][...].T, axis=0, keepdims=True)
-            entropy_ref[...] = jnp.maximum(log_total - jnp.float32(_LN_2) * (moment / divisor), 0.0)
+            entropy_ref[...] = jnp.maximum(log_total - jnp.float32(_LN_2) * (moment / divisor), _ZERO)
 
 
 def _dot(left, right, *, contract: int):

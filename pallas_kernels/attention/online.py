@@ -34,9 +34,9 @@ class Tile(NamedTuple):
     rescale: Array
 
 
-def initial_rows(shape: tuple[int, ...]) -> RowState:
-    """The state before any key was seen."""
-    return RowState(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(shape))
+def initial_rows(zeros: Float[Array, "B N T 1"]) -> RowState:
+    """The state before any key was seen, sharded as ``zeros`` is."""
+    return RowState(zeros + MASKED, zeros, zeros)
 
 
 def accumulate(
@@ -60,7 +60,7 @@ def finalise(
 ) -> tuple[Float[Array, "B N T 1"], Float[Array, "B N T 1"], Float[Array, "B N T 1"]]:
     """``(1 / total, log-sum-exp, entropy)``; a row without visible keys has accumulated zeros and stays at them."""
     # Not max(total, tiny): the gradient squares the divisor, and a tiny one underflows to 0 / 0.
-    divisor = jnp.where(rows.total > 0, rows.total, 1.0)
-    log_sum_exp = jnp.where(rows.total > 0, scale * rows.maximum + jnp.log(divisor), MASKED)
+    divisor = jnp.where(rows.total != 0, rows.total, 1.0)
+    log_sum_exp = jnp.where(rows.total != 0, scale * rows.maximum + jnp.log(divisor), MASKED)
     entropy = jnp.log(divisor) - scale * (rows.moment / divisor)
     return 1.0 / divisor, log_sum_exp, jnp.maximum(entropy, 0.0)

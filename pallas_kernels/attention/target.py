@@ -53,6 +53,10 @@ def current_target(*arrays: jax.Array) -> Target:
     """
     described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if described is not None:
+        # A mesh of this process's devices describes them, too; those know more than their names.
+        for device in jax.devices():
+            if device.device_kind == described.device_kind:
+                return describe(device)
         # Only NVIDIA's GPUs can be described; depending on who did, the platform is "gpu" or "cuda".
         platform = "cuda" if described.platform == "gpu" else described.platform or "cpu"
         return Target(platform, described.device_kind, _capability(described.device_kind))

@@ -1,4 +1,4 @@
-"""Attention on NVIDIA GPUs from Ampere on: what the Triton kernel can run, its tile sizes, and the call.
+"""Attention on NVIDIA GPUs (Ampere, Ada, Hopper): what the Triton kernel can run, its tile sizes, and the call.
 
 Needs the packages ``triton`` and ``jax-triton``, which are imported on first use.
 """
@@ -230,7 +230,7 @@ def triton_attention(
     with_entropy: bool,
     config: TritonConfig | None = None,
 ) -> AttentionOutput:
-    """Attention by the Triton kernel.
+    """Attention by the Triton kernel, for dot products that are, times the scale, within 1e6 of zero (see the kernel).
 
     Args:
       q: queries ``[B, T, N, H]``, bfloat16, float16 or float32.

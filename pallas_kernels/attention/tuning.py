@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 from dataclasses import dataclass
@@ -156,7 +157,8 @@ def read(device: str, directory: pathlib.Path = DIRECTORY) -> Table | None:
     """The table of a device, or None if there is none. Read once per process.
 
     Raises:
-      ValueError: not JSON, missing or unknown fields, values of the wrong type.
+      ValueError: not JSON, another device, missing or unknown fields, unknown implementations, values of the wrong
+        type, times that are not positive.
     """
     path = directory / f"{slug(device)}.json"
     return _parse(path, path.stat().st_mtime_ns) if path.is_file() else None
@@ -183,11 +185,13 @@ def _parse(path: pathlib.Path, modified: int) -> Table:
     try:
         fields = json.loads(path.read_text())
         table = _build(Table, fields, "table")
+        if slug(table.device) != path.stem:
+            raise TypeError(f"table.device {table.device!r}: must be the device that the file is named for")
         times = [entry.milliseconds for entry in table.proven]
         if times != sorted(times):
             raise TypeError("proven: must be ordered by milliseconds")
         return table
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, OverflowError, RecursionError) as error:
         told = str(error).splitlines()[0]
         raise ValueError(f"{path}: {told}; delete the file or measure again with benchmarks/gpu_suite.py") from error
 
@@ -218,4 +222,13 @@ def _build(kind: type, fields: Any, where: str) -> Any:
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise TypeError(f"{where}.{name} {value!r}: must be {declared[name]}")
         values[name] = float(value) if declared[name] == "float" else value
+    # Here, because that module imports this one.
+    from pallas_kernels.attention.api import IMPLEMENTATIONS
+
+    if values.get("implementation", IMPLEMENTATIONS[0]) not in IMPLEMENTATIONS:
+        raise TypeError(
+            f"{where}.implementation {values['implementation']!r}: must be one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if not 0.0 < values.get("milliseconds", 1.0) < math.inf:
+        raise TypeError(f"{where}.milliseconds {values['milliseconds']}: must be positive and finite")
     return kind(**values)

@@ -27,7 +27,7 @@ def chunked_attention(
 
     With a block mask, chunks that no query sees are not computed.
     """
-    batch, length, heads, width = q.shape
+    batch, length = q.shape[:2]
     num_keys = k.shape[1]
     chunk = min(chunk, num_keys)
     num_chunks = -(-num_keys // chunk)
@@ -41,7 +41,7 @@ def chunked_attention(
         start = index * chunk
         k_tile = jax.lax.dynamic_slice_in_dim(k, start, chunk, axis=1)
         v_tile = jax.lax.dynamic_slice_in_dim(v, start, chunk, axis=1)
-        position = start + jnp.arange(chunk)
+        position = start + jnp.arange(chunk, dtype=jnp.int32)
         present = position[None] < limit[:, None]
         # Past the length anything may lie, even NaN, which a weight of zero does not silence.
         k_tile, v_tile = (jnp.where(present[..., None, None], x, 0) for x in (k_tile, v_tile))
@@ -54,7 +54,9 @@ def chunked_attention(
         out = out * tile.rescale.transpose(0, 2, 1, 3) + weighted_values(tile.weights, v_tile)
         return (rows, out), None
 
-    initial = (initial_rows((batch, heads, length, 1)), jnp.zeros((batch, length, heads, width), jnp.float32))
+    # Made of the queries, so that the carry is sharded from the start as it will be.
+    zeros = jnp.zeros_like(q, jnp.float32)
+    initial = (initial_rows(zeros[..., :1].transpose(0, 2, 1, 3)), zeros)
     (rows, out), _ = jax.lax.scan(step, as_varying(initial, (q, k, v, limit)), jnp.asarray(visited))
     inverse, log_sum_exp, entropy = finalise(rows, scale)
     out = (out * inverse.transpose(0, 2, 1, 3)).astype(v.dtype)

@@ -14,6 +14,7 @@ from pallas_kernels import BlockMask, attention
 
 from .twin import draw
 
+E4 = jnp.float8_e4m3fn
 Q, K, V = (jnp.asarray(x) for x in draw(0, 2, 3, 5, 2, 4))
 
 
@@ -59,11 +60,21 @@ def test_works_inside_jit_and_vmap():
         ({"q": Q[..., :2]}, r"q \(2, 3, 2, 2\).*must agree"),
         ({"q": Q.astype(jnp.int32)}, "int32.*floating.*cast"),
         ({"q": Q.astype(jnp.bfloat16)}, "bfloat16, float32, float32.*one floating dtype"),
-        ({"scale": 0.0}, r"scale 0\.0: must be positive"),
-        ({"scale": float("nan")}, "scale nan: must be positive"),
+        ({"scale": 0.0}, r"scale 0\.0: must be a positive number"),
+        ({"scale": "1"}, r"scale '1': must be a positive number"),
+        ({"scale": None}, "scale None: must be a positive number"),
+        ({"scale": 1e39}, r"scale 1e\+39: must be a positive number up to 1e\+30"),
+        ({"scale": float("nan")}, "scale nan: must be a positive number"),
         ({"key_length": jnp.ones((2, 1), jnp.int32)}, r"key_length \(2, 1\).*\(2,\)"),
         ({"key_length": jnp.ones((3,), jnp.int32)}, r"key_length \(3,\).*\(2,\)"),
         ({"key_length": jnp.ones((2,), jnp.float32)}, "key_length dtype float32.*integer"),
+        ({"q": Q[..., :0], "k": K[..., :0], "v": V[..., :0]}, "head dim of at least 1"),
+        ({"q": Q.astype(E4), "k": K.astype(E4), "v": V.astype(E4)}, "float8_e4m3fn.*one floating dtype, bfloat16"),
+        ({"key_length": np.array([2**32 + 1, 3])}, r"key_length 4294967297: must be in 0\.\.5"),
+        ({"key_length": [1, 2**40]}, r"key_length 1099511627776: must be in 0\.\.5"),
+        ({"key_length": [1.0, 2.0]}, "key_length dtype float64.*integer"),
+        ({"implementation": 5}, "implementation 5: must be a name or a list"),
+        ({"implementation": True}, "implementation True: must be a name or a list"),
         ({"key_length": jnp.array([3, 6])}, r"key_length 6: must be in 0\.\.5, the number of keys; clip"),
         ({"key_length": jnp.array([-1, 5])}, r"key_length -1: must be in 0\.\.5"),
         ({"block_mask": np.ones((1, 2), bool)}, r"block_mask of \(1, 2\) blocks: must be \(1, 1\).*rebuild"),

@@ -1,14 +1,15 @@
 """The benchmark's report and arithmetic; no test looks at how long anything took."""
 
 import json
+import pathlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bench, profiling
+from pallas_kernels import bench, profiling, report
 from pallas_kernels.attention.cases import CASES, Case
-from pallas_kernels.profiling import Span
+from pallas_kernels.profiling import Span, Timing
 
 SMALL = Case("small", 1, 5, 9, 1, 8, 0.5, "cosine")
 TINY = ["--heads", "1", "--max-queries", "4", "--max-keys", "16", "--rounds", "2"]
@@ -63,6 +64,113 @@ def test_what_breaks_is_told_in_its_line_and_in_the_exit_code(monkeypatch, tmp_p
     assert good["milliseconds"] is not None
     assert bad["milliseconds"] is None
     assert bad["failure"] == "RuntimeError: out of memory"
+
+
+@pytest.mark.usefixtures("one_case")
+def test_rates_and_ratios_are_those_of_the_times(monkeypatch):
+    real = bench.attention
+    played = {"xla False": 2.0, "xla True": 2.5, "cudnn False": 1.6, "cudnn True": 4.0}
+    monkeypatch.setattr(bench, "why_not", lambda *given: None)
+    monkeypatch.setattr(bench, "attention", lambda *x, implementation, **options: real(*x, **options))
+    monkeypatch.setattr(bench, "peak_tflops", lambda kind, dtype: 1e-6)
+    monkeypatch.setattr(bench, "measure", lambda runs, rounds: Timing("wall", {name: [played[name]] for name in runs}))
+    made = bench.bench_case(SMALL, "tails", ["xla", "cudnn"], "float32", entropies=(False, True), rounds=1)
+    lines = {f"{line.implementation} {line.with_entropy}": line for line in made}
+    work = 2 * (2 * 5 * 9 * 8)
+    for name, line in lines.items():
+        assert line.milliseconds == played[name]
+        assert line.tflops == pytest.approx(work / (played[name] * 1e-3) / 1e12)
+        assert line.peak_share == pytest.approx(line.tflops / 1e-6)
+        assert line.ratio_to_cudnn == pytest.approx(played[name] / 1.6)
+    assert lines["xla True"].entropy_cost == pytest.approx(0.25)
+    assert lines["cudnn True"].entropy_cost == pytest.approx(1.5)
+    assert lines["xla False"].entropy_cost is None
+
+
+@pytest.mark.usefixtures("one_case")
+def test_a_run_in_which_nothing_can_run_fails(capsys):
+    assert bench.main(["--implementations", "cudnn", "--cases", "tails", *TINY]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing ran"
+    assert bench.main(["--implementations", "xla", "--cases", "tails", "--entropy", "with", *TINY]) == 0
+    assert "nothing ran" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_case")
+def test_an_interrupt_ends_with_status_130_and_one_line(monkeypatch, capsys):
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "bench_case", interrupted)
+    assert bench.main(["--cases", "tails"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.usefixtures("one_case")
+def test_an_interrupt_does_not_wait_for_compilations_that_have_not_begun(monkeypatch):
+    pools = []
+
+    class Pool(bench.concurrent.futures.ThreadPoolExecutor):
+        def __init__(self):
+            super().__init__(max_workers=1)
+            pools.append(self)
+
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            self.told = (wait, cancel_futures)
+            super().shutdown(wait=True, cancel_futures=True)
+
+    def interrupted(futures):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.concurrent.futures, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(bench.concurrent.futures, "wait", interrupted)
+    assert bench.main(["--implementations", "xla", "--cases", "tails", *TINY]) == 130
+    assert [pool.told for pool in pools] == [(False, True)]
+
+
+@pytest.mark.parametrize("place", ["folder", "under a file"])
+def test_a_report_with_nowhere_to_go_is_refused_before_any_work(monkeypatch, tmp_path, capsys, place):
+    monkeypatch.setattr(bench, "environment", lambda: pytest.fail("work was begun"))
+    (tmp_path / "file").write_text("")
+    path = tmp_path if place == "folder" else tmp_path / "file" / "deep" / "report.json"
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--json", str(path)])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert error.count("\n") == 1
+
+
+def test_an_interrupted_process_ends_without_taking_the_interpreter_down(monkeypatch):
+    class Ended(Exception):
+        pass
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(report.os, "_exit", end)
+    with pytest.raises(Ended, match="130"):
+        report.leave(130)
+    with pytest.raises(SystemExit) as ended:
+        report.leave(1)
+    assert ended.value.code == 1
+
+
+def test_a_report_replaces_the_earlier_one_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "report.json"
+    report.write_report(path, {"a": 1})
+    monkeypatch.setattr(pathlib.Path, "replace", lambda *given: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        report.write_report(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_functions_are_announced_before_each_of_their_calls():
+    told = []
+    timing = profiling.measure(
+        {"a": lambda: told.append("ran a"), "b": lambda: told.append("ran b")}, 2, lambda name: told.append(name)
+    )
+    assert told == ["a", "ran a"] * 2 + ["b", "ran b"] * 2 + ["a", "ran a", "b", "ran b"] * 2
+    assert {name: len(times) for name, times in timing.milliseconds.items()} == {"a": 2, "b": 2}
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -62,8 +63,14 @@ def test_tiles_visit_exactly_the_visible_tokens(data):
 @pytest.mark.parametrize(
     ("build", "told"),
     [
-        (lambda: BlockMask.from_array(CHECKER, query_block=64), "query_block 64: must be a multiple of 128; merge"),
-        (lambda: BlockMask.from_array(CHECKER, key_block=200), "key_block 200: must be a multiple of 128; merge"),
+        (
+            lambda: BlockMask.from_array(CHECKER, query_block=64),
+            "query_block 64: must be an integer multiple of 128; merge",
+        ),
+        (lambda: BlockMask.from_array(CHECKER, key_block=200), "key_block 200: must be an integer multiple of 128"),
+        (lambda: BlockMask(((True,),), query_block="128"), "query_block '128': must be an integer multiple"),
+        (lambda: BlockMask(((True,),), key_block=128.0), r"key_block 128\.0: must be an integer multiple"),
+        (lambda: BlockMask(((2,),)), "entries that are not bool"),
         (lambda: BlockMask.from_array(CHECKER.astype(int)), r"block_mask int64\[2, 3\]: must be boolean"),
         (lambda: BlockMask.from_array(np.ones((1, 2, 3), bool)), r"block_mask bool\[1, 2, 3\].*one pattern serves all"),
         (lambda: BlockMask(((True,), (True, False))), r"rows of \[1, 2\] blocks: must be a rectangle"),
@@ -74,6 +81,7 @@ def test_tiles_visit_exactly_the_visible_tokens(data):
         (lambda: BlockMask.from_array(CHECKER).tiles(200, 300, 128, 256), "key tile 256: must divide.*128"),
     ],
 )
-def test_bad_patterns_name_the_value_the_rule_and_the_remedy(build, told):
+def test_bad_patterns_name_the_value_the_rule_and_the_remedy(build, told, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=told):
         build()

@@ -209,3 +209,38 @@ def test_any_shape(data, implementation):
         implementation=implementation,
         bound=1e-5,
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_works_where_64_bits_are_enabled(implementation, dtype):
+    with jax.enable_x64(True):
+        q, k, v = (jnp.asarray(x, dtype) for x in draw(11, 2, 7, 600, 2, 8))
+        lengths = jnp.array([600, 13])
+        got = attention(q, k, v, scale=0.5, key_length=lengths, with_entropy=True, implementation=implementation)
+        gradient = jax.grad(
+            lambda q: jnp.sum(attention(q, k, v, scale=0.5, implementation=implementation).log_sum_exp)
+        )(q)
+    want = attend(q, k, v, scale=0.5, key_length=lengths)
+    assert (got.out.dtype, got.entropy.dtype, gradient.dtype) == (q.dtype, jnp.float32, q.dtype)
+    assert relative(got.out, want.out) < (1e-6 if dtype != "bfloat16" else 4e-3)
+    assert relative(got.entropy, want.entropy) < 1e-6
+
+
+@pytest.mark.parametrize("spec", [("x",), (None, None, "x")], ids=str)
+def test_works_with_shardings_in_types(implementation, spec):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    arrays = draw(12, 2, 7, 600, 2, 8)
+    with jax.set_mesh(mesh):
+        q, k, v = (jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P(*spec))) for x in arrays)
+        run = jax.jit(lambda q, k, v: attention(q, k, v, scale=0.5, with_entropy=True, implementation=implementation))
+        got = run(q, k, v)
+    want = attend(*arrays, scale=0.5)
+    assert relative(got.out, want.out) < 1e-6
+    assert relative(got.entropy, want.entropy) < 1e-6
+
+
+def test_a_nan_among_the_inputs_stays_one(implementation):
+    q, k, v = (jnp.asarray(x) for x in draw(13, 1, 3, 600, 1, 4))
+    got = attention(q.at[0, 1].set(jnp.nan), k, v, scale=1.0, with_entropy=True, implementation=implementation)
+    for part in (got.out[0, :, 0, 0], got.log_sum_exp[0, 0], got.entropy[0, 0]):
+        np.testing.assert_array_equal(np.isnan(part), [False, True, False])

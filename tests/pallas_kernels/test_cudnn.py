@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
+from pallas_kernels.attention import cudnn
 from pallas_kernels.attention.block_mask import BlockMask
 from pallas_kernels.attention.cudnn import (
     blank_empty_rows,
@@ -55,11 +56,20 @@ def test_refusals_name_value_and_rule(posed, target, told):
 
 @pytest.mark.parametrize("head_dim", [64, 96, 104, 112, 120, 128])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_what_it_can_run_is_not_refused(head_dim, dtype):
+def test_what_it_can_run_is_not_refused_where_cudnn_is(monkeypatch, head_dim, dtype):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
     posed = problem(head_dim=head_dim, dtype=np.dtype(dtype), ragged=True, with_entropy=True)
     assert why_not(posed, HOPPER) is None
     assert why_not(posed, AMPERE) is None
     assert candidates(posed, HOPPER) == (default_config(posed, HOPPER),)
+
+
+def test_a_machine_without_cudnn_is_refused_by_name(monkeypatch):
+    def missing():
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", missing)
+    assert "jax[cuda13]" in why_not(problem(), HOPPER)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
@@ -109,6 +119,33 @@ def test_results_agree_with_the_twin_when_the_kernel_is_played_by_the_reference(
         np.testing.assert_allclose(got.entropy, entropy, atol=5e-3)
     else:
         assert got.entropy is None
+
+
+def test_the_kernel_is_given_clipped_lengths_and_no_hidden_garbage(monkeypatch):
+    given = []
+
+    def played(q, k, v, scale, key_length):
+        given.append((k, v, key_length))
+        out, log_sum_exp, _ = dense_attention(
+            q, k, v, scale=scale, key_length=key_length, block_mask=None, with_entropy=False
+        )
+        return out, log_sum_exp
+
+    monkeypatch.setattr(cudnn, "_call", played)
+    q, k, v = (jnp.asarray(x) for x in draw(4, 4, 5, 12, 2, 16))
+    asked, clipped = jnp.array([-3, 99, 7, 0]), np.array([0, 12, 7, 0])
+    hidden = (np.arange(12)[None] >= clipped[:, None])[:, :, None, None]
+    poisoned = (jnp.where(hidden, jnp.nan, x) for x in (k, v))
+    got = cudnn_attention(q, *poisoned, scale=0.5, key_length=asked, with_entropy=True)
+    assert len(given) == 2
+    for keys, values, lengths in given:
+        np.testing.assert_array_equal(keys, np.where(hidden, 0.0, k))
+        assert np.all(np.isfinite(values))
+        np.testing.assert_array_equal(lengths, [1, 12, 7, 1])
+    out, _, entropy = attend(q, k, v, scale=0.5, key_length=jnp.asarray(clipped))
+    np.testing.assert_allclose(got.out, out, atol=1e-5)
+    np.testing.assert_allclose(got.entropy, entropy, atol=3e-5)
+    np.testing.assert_array_equal(np.asarray(got.log_sum_exp)[[0, 3]], np.float32(MASKED))
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])

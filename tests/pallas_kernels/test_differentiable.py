@@ -1,5 +1,7 @@
 """Derivatives of kernels that only have a forward pass, against differentiating the reference itself."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,3 +120,45 @@ def test_gradients_under_shard_map():
     rows = [gradients(reference, tuple(x[i : i + 1] for x in arrays), scale=1.0, with_entropy=True) for i in range(2)]
     for found, *want in zip(jax.jit(run)(*arrays), *rows, strict=True):
         assert relative(found, np.concatenate(want)) < 3e-6
+
+
+def test_memory_of_chunked_gradients_is_linear_in_the_keys():
+    def temporary(num_keys: int) -> int:
+        q = jax.ShapeDtypeStruct((1, 2048, 1, 8), jnp.float32)
+        kv = jax.ShapeDtypeStruct((1, num_keys, 1, 8), jnp.float32)
+        run = jax.grad(lambda *x: weighted_sum(attention(*x, scale=1.0, implementation="xla")), argnums=(0, 1, 2))
+        return jax.jit(run).lower(q, kv, kv).compile().memory_analysis().temp_size_in_bytes
+
+    # Keeping the weights would add 2048 numbers per key.
+    assert (temporary(8192) - temporary(2048)) / (8192 - 2048) < 2048
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "fused"])
+def test_small_and_large_cotangents_survive_float16(implementation):
+    arrays = tuple(jnp.asarray(x, jnp.float16) for x in draw(8, 1, 7, 4096, 1, 16))
+    run = fused if implementation == "fused" else functools.partial(attention, implementation=implementation)
+
+    def gradients_of(run, arrays, size):
+        def loss(*arrays):
+            got = run(*arrays, scale=0.25, with_entropy=True)
+            return size * (jnp.sum(got.entropy) + jnp.sum(got.log_sum_exp))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(*arrays)
+
+    for size in (1e-1, 3e3):
+        want = gradients_of(reference, tuple(x.astype(jnp.float32) for x in arrays), size)
+        for a, b in zip(gradients_of(run, arrays, size), want, strict=True):
+            assert np.max(np.abs(np.float32(a) - b)) < 5e-3 * np.max(np.abs(b))
+
+
+def test_gradients_of_gradients_are_those_of_the_reference():
+    arrays = tuple(jnp.asarray(x) for x in draw(9, 1, 5, 600, 1, 4))
+
+    def twice(implementation):
+        def inner(*arrays):
+            return weighted_sum(attention(*arrays, scale=0.5, with_entropy=True, implementation=implementation))
+
+        return jax.grad(lambda *x: sum(jnp.sum(g**2) for g in jax.grad(inner, argnums=(0, 1, 2))(*x)), argnums=(0, 1))
+
+    for a, b in zip(twice("xla")(*arrays), twice("reference")(*arrays), strict=True):
+        assert relative(a, b) < 1e-4

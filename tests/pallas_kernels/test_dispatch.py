@@ -122,6 +122,14 @@ def test_under_vmap_a_kernel_sees_a_larger_batch(fake_kernels):
             np.testing.assert_allclose(a[row], b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("fake_kernels")
+def test_under_a_vmap_over_nothing():
+    got = jax.vmap(lambda q: attention(q, K, V, scale=1.0, with_entropy=True, implementation="triton"))(
+        jnp.zeros((0, *Q.shape), Q.dtype)
+    )
+    assert (got.out.shape, got.entropy.shape) == ((0, 2, 3, 2, 4), (0, 2, 2, 3))
+
+
 def test_under_two_vmaps_and_jit(fake_kernels):
     q = jnp.stack([Q, 2 * Q, -Q])
     pair = jnp.stack([q, q[::-1]])

@@ -254,6 +254,31 @@ def test_rows_without_visible_keys_finish_as_zeros():
     np.testing.assert_array_equal(entropy, 0.0)
 
 
+def test_a_row_of_nan_stays_nan():
+    rows = Rows(jnp.full(1, MASKED), jnp.zeros(1), jnp.zeros(1))
+    _, rows, _ = softmax_tile(jnp.ones((1, 64)).at[0, 3].set(jnp.nan), rows, None, 0.3, True)
+    assert all(np.isnan(x).all() for x in finish_rows(rows))
+
+
+@pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "a block per tile"])
+@pytest.mark.parametrize("schedule", ["pingpong", "overlap", "overlap_pingpong", "free"])
+def test_no_number_is_wider_where_64_bit_types_are_enabled(schedule, persistent):
+    q, kv = (jax.ShapeDtypeStruct((8, length, 16, 64), jnp.bfloat16) for length in (512, 600))
+    lengths = jax.ShapeDtypeStruct((8,), jnp.int32)
+    config = dataclasses.replace(SMALL, schedule=schedule, persistent=persistent)
+
+    def call(q, k, v, lengths, block_mask):
+        options = {"scale": 0.1, "block_mask": block_mask, "with_entropy": True, "config": config}
+        return mosaic_gpu_attention(q, k, v, key_length=lengths, **options)
+
+    with jax.enable_x64(True):
+        for block_mask, visible in (None, lengths), (BlockMask.from_array(np.eye(4, 5, dtype=bool)), None):
+            traced = jax.make_jaxpr(call, static_argnums=4)(q, kv, kv, visible, block_mask)
+            assert [str(x.dtype) for x in traced.out_avals] == ["bfloat16", "float32", "float32"]
+            # Loops count in 64 bits there if their bounds are numbers; nothing computes in them.
+            assert "f64" not in str(traced)
+
+
 def test_rows_that_see_one_key_have_no_entropy():
     rows = Rows(jnp.full(1, MASKED), jnp.zeros(1), jnp.zeros(1))
     visible = (jnp.arange(64) == 3)[None]

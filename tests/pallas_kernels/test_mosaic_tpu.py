@@ -211,6 +211,17 @@ def test_only_differences_of_scores_matter():
     np.testing.assert_allclose(got.entropy, np.log(300), rtol=1e-6)
 
 
+def test_no_scale_turns_what_is_invisible_or_far_into_nan():
+    # Differences of the scores overflow once they are multiplied by the scale.
+    levels = jnp.where(jnp.arange(300) < 150, 0.0, -1e30)[None, :, None]
+    q = jnp.zeros((1, 2, 1, 64), jnp.float32).at[..., 0].set(1.0)
+    k = jnp.zeros((1, 300, 1, 64), jnp.float32).at[..., 0].set(levels)
+    got = run(q, k, jnp.ones_like(k), scale=1e9, config=MosaicTpuConfig(16, 128, 128))
+    np.testing.assert_allclose(got.entropy, np.log(150), rtol=1e-6)
+    np.testing.assert_allclose(got.log_sum_exp, np.log(150), rtol=1e-6)
+    np.testing.assert_allclose(got.out, 1.0, rtol=1e-6)
+
+
 def test_rising_and_falling_maxima_across_tiles_leave_no_trace():
     rising = np.linspace(-60.0, 60.0, 400, dtype=np.float32)
     q = np.zeros((1, 3, 1, 64), np.float32)
@@ -269,6 +280,22 @@ def test_lowers_for_tpu_to_the_same_kernel_whatever_the_default_precision(dtype,
     assert wanted.count("tpu_custom_call") == 1
     with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
         assert lowered(dtype=dtype) == wanted
+
+
+@pytest.mark.parametrize("block_mask", [None, WIDE], ids=["dense", "pattern"])
+def test_the_kernel_has_no_64_bit_numbers_where_they_are_enabled(block_mask):
+    q, kv = (jax.ShapeDtypeStruct((2, length, 1, 64), jnp.float32) for length in (300, 700))
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def call(q, k, v, lengths):
+        options = {"scale": 0.1, "block_mask": block_mask, "with_entropy": True}
+        return mosaic_tpu_attention(q, k, v, key_length=lengths, **options)
+
+    with jax.enable_x64(True):
+        traced = jax.make_jaxpr(call)(q, kv, kv, lengths)
+    (kernel,) = [equation for equation in traced.eqns if equation.primitive.name == "pallas_call"]
+    programs = kernel.params["jaxpr"], *(x.index_map_jaxpr for x in kernel.params["grid_mapping"].block_mappings)
+    assert not [wide for wide in ("f64", "i64") for program in programs if wide in str(program)]
 
 
 def test_entropy_costs_nothing_where_it_is_not_asked_for():

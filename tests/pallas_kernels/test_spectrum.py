@@ -111,7 +111,9 @@ def test_rank_one_is_infinite_and_zero_is_one():
     assert entropy_spectrum_ratio(constant) == np.inf
     assert entropy_spectrum_ratio(outer) == np.inf
     assert entropy_spectrum_ratio(jnp.zeros((5, 4), jnp.float32)) == 1.0
-    assert entropy_spectrum_ratio(jnp.full((8, 8), 0.5, jnp.float32), center=True) == 1.0
+    for value in (0.7, 0.1, 5.3, 1 / 3, 4.787, 0.001, 1e4):
+        for shape in ((12, 12), (7, 9), (12, 13), (64, 64), (1, 5)):
+            assert entropy_spectrum_ratio(jnp.full(shape, value, jnp.float32), center=True) == 1.0
 
 
 def test_a_map_with_nan_gives_nan_and_spoils_no_other():

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import conformance
+from pallas_kernels import attention, conformance
 from pallas_kernels.attention.cases import CASES, INFINITY_SIDES, Case
 from pallas_kernels.attention.float64 import attend
 from pallas_kernels.attention.output import AttentionOutput
@@ -75,7 +76,9 @@ def exact():
         ("out", lambda got: got._replace(out=got.out.at[0, 3, 1, 2].add(1e-3))),
         ("out", lambda got: got._replace(out=got.out.at[0, 3, 1, 2].set(jnp.nan))),
         ("out", lambda got: got._replace(out=got.out.at[1, 3, 1, 2].set(1e-9))),
-        ("out", lambda got: got._replace(log_sum_exp=got.log_sum_exp.at[1, 0, 0].set(0.0))),
+        ("log_sum_exp", lambda got: got._replace(log_sum_exp=got.log_sum_exp.at[1, 0, 0].set(0.0))),
+        ("log_sum_exp", lambda got: got._replace(log_sum_exp=got.log_sum_exp.at[1, 0, 0].set(jnp.nan))),
+        ("log_sum_exp", lambda got: got._replace(log_sum_exp=got.log_sum_exp.at[1, 0, 0].set(-jnp.inf))),
         ("log_sum_exp", lambda got: got._replace(log_sum_exp=got.log_sum_exp.at[0, 1, 3].add(1e-3))),
         ("entropy", lambda got: got._replace(entropy=got.entropy.at[0, 1, 3].add(1e-3))),
         ("entropy", lambda got: got._replace(entropy=got.entropy.at[0, 1, 3].set(-1e-9))),
@@ -100,6 +103,53 @@ def test_rank_correlation_notices_a_wrong_order_however_small_the_errors():
             jnp.zeros((1, 20, 1, 1)), jnp.zeros((1, 1, 20)), jnp.asarray(entropy[..., order], "float32")
         )
         assert conformance.measure(got, want, rows)["rank"] == pytest.approx(rank)
+
+
+@pytest.mark.parametrize("part", ["out", "log_sum_exp", "entropy", "rank"])
+def test_every_bound_counts(part):
+    bounds = conformance.Bounds(1e-5, 1e-5, 1e-5)
+    good = {"out": 1e-5, "log_sum_exp": 1e-5, "entropy": 1e-5, "rank": 0.999}
+    assert bounds.hold(good)
+    assert not bounds.hold(good | {part: 0.99})
+    assert not bounds.hold(good | {part: float("nan")})
+
+
+def spoiled(spoil):
+    def run(*arrays, implementation, **options):
+        return spoil(attention(*arrays, implementation="reference", **options), options["with_entropy"])
+
+    return run
+
+
+def test_what_does_not_repeat_fails(monkeypatch):
+    calls = iter(range(10))
+
+    def unsteady(got, with_entropy):
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        noise = jax.pure_callback(lambda: np.float32(1e-7 * next(calls)), shape)
+        return got._replace(out=got.out + noise)
+
+    monkeypatch.setattr(conformance, "attention", spoiled(unsteady))
+    line = conformance.check("xla", CASES["infinity"][3].shrunk(heads=1), "float32")
+    assert (line.repeats, line.passed) == (False, False)
+    assert line.out < 1e-5
+
+
+@pytest.mark.parametrize("part", ["out", "log_sum_exp"])
+def test_the_result_without_entropy_is_compared_too(monkeypatch, part):
+    def off(got, with_entropy):
+        return got if with_entropy else got._replace(**{part: getattr(got, part) + 1e-3})
+
+    monkeypatch.setattr(conformance, "attention", spoiled(off))
+    line = conformance.check("xla", CASES["infinity"][3].shrunk(heads=1), "float32")
+    assert getattr(line, part) > 1e-4
+    assert not line.passed
+
+
+def test_a_table_in_which_nothing_ran_is_a_failure(capsys, monkeypatch):
+    monkeypatch.setattr(conformance, "CASES", {"edges": CASES["edges"][:1]})
+    assert conformance.main(["--implementations", "triton", "--dtypes", "float32", "--cases", "edges"]) == 1
+    assert "nothing ran" in capsys.readouterr().err
 
 
 def test_a_crash_is_a_line_of_the_table(monkeypatch):
@@ -143,7 +193,14 @@ def test_the_command_fails_when_a_bound_is_missed(monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [(["--implementations", "flash"], "flash"), (["--cases", "all"], "all"), (["--heads", "0"], "--heads 0")],
+    [
+        (["--implementations", "flash"], "flash"),
+        (["--cases", "all"], "all"),
+        (["--heads", "0"], "--heads 0"),
+        (["--json", "/"], "--json /: "),
+        (["--json", "/proc/none/table.json"], "--json /proc/none/table.json: cannot be written"),
+        (["--implementations", "xla", "--interpret"], "--interpret: must come with"),
+    ],
 )
 def test_bad_options_exit_with_two(arguments, told, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -137,12 +137,28 @@ def broken(change):
         (broken(lambda fields: fields["configs"][0].update(head_dim=True)), r"configs\[0\].head_dim True: must be int"),
         (
             broken(
-                lambda fields: fields["proven"].append({"implementation": "a", "with_entropy": True, "milliseconds": 1})
+                lambda fields: fields["proven"].append(
+                    {"implementation": "cudnn", "with_entropy": True, "milliseconds": 1}
+                )
             ),
             "must be ordered",
         ),
+        (
+            broken(lambda fields: fields["proven"][0].update(implementation="cuda")),
+            r"proven\[0\].implementation 'cuda'",
+        ),
+        (broken(lambda fields: fields["configs"][0].update(implementation="")), r"configs\[0\].implementation ''"),
+        (broken(lambda fields: fields.update(device="NVIDIA H100")), "device 'NVIDIA H100'.*named for"),
+        (broken(lambda fields: fields["proven"][0].update(milliseconds=float("nan"))), "milliseconds nan: must be pos"),
+        (broken(lambda fields: fields["configs"][0].update(milliseconds=float("inf"))), "milliseconds inf: must be"),
+        (broken(lambda fields: fields["proven"][0].update(milliseconds=0)), "milliseconds 0.0: must be positive"),
+        (broken(lambda fields: fields["proven"][0].update(milliseconds=10**400)), "too large"),
+        ("[" * 200_000, "recursion"),
     ],
-    ids=["text", "list", "missing", "unknown", "object", "string", "bool", "order"],
+    ids=[
+        *("text", "list", "missing", "unknown", "object", "string", "bool", "order", "implementation", "configuration"),
+        *("device", "nan", "infinite", "zero", "huge", "deep"),
+    ],
 )
 def test_a_broken_table_is_told_in_one_line(tmp_path, text, told):
     (tmp_path / "nvidia_h200.json").write_text(text)
