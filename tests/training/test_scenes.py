@@ -11,6 +11,7 @@ from toprovar_jax.training import scenes
 from toprovar_jax.training.loop import LoopConfig
 
 RECIPE = scenes.Recipe(
+    name="tiny",
     image_tokenizer=ImageTokenizerConfig(4, 2, 24, (1, 1), 1),
     transformer=InfinityConfig(
         num_layers=2, width=64, num_heads=2, text_width=128, text_length=24, latent_channels=4, block_chunks=2
@@ -21,6 +22,7 @@ RECIPE = scenes.Recipe(
     batch=2,
     pool=6,
     held_out=4,
+    pixels="0.0001M",
 )
 
 
@@ -87,7 +89,7 @@ def test_the_pool_is_encoded_once_and_again_for_another_recipe(directory, uninte
 def test_the_export_is_a_model_that_can_be_loaded(directory, uninterrupted):
     from toprovar_jax.loading import load_model
 
-    assert scenes.main(["export", "--directory", str(directory), "--steps", "6"], RECIPE) == 0
+    assert scenes.main(["export", "--directory", str(directory), "--steps", "6"], {"tiny": RECIPE}) == 0
     folder = directory / "model"
     card = json.loads((folder / "model.json").read_text())
     assert (card["world"], card["training"]["samples"]) == ("scenes", 12)
@@ -103,7 +105,7 @@ def test_the_export_is_a_model_that_can_be_loaded(directory, uninterrupted):
     [("transformer", "holds no image_tokenizer.safetensors"), ("export", "holds no transformer checkpoint")],
 )
 def test_a_stage_without_the_one_before_says_what_to_run(tmp_path, capsys, stage, message):
-    assert scenes.main([stage, "--directory", str(tmp_path)], RECIPE) == 2
+    assert scenes.main([stage, "--directory", str(tmp_path)], {"tiny": RECIPE}) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

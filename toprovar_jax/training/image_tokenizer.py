@@ -89,7 +89,11 @@ class TokenizerTrainer:
 
     def init(self, seed: int) -> TokenizerState:
         """Fresh weights."""
-        parameters = nnx.split(ImageTokenizer(self.config, rngs=nnx.Rngs(seed)))[1]
+        return self.start_at(ImageTokenizer(self.config, rngs=nnx.Rngs(seed)))
+
+    def start_at(self, tokenizer: ImageTokenizer) -> TokenizerState:
+        """The weights of ``tokenizer``, encoder included, as the start."""
+        parameters = nnx.split(tokenizer)[1]
         average = jax.tree.map(jnp.copy, parameters)
         return TokenizerState(parameters, average, self.optimizer.init(parameters), jnp.zeros((), jnp.int32))
 

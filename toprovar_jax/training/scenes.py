@@ -29,10 +29,11 @@ from convert.rules import fill_module, official_state_dict
 from convert.safetensors_io import open_safetensors, save_safetensors
 from toprovar_jax.checkpoint import Checkpoints
 from toprovar_jax.config import ImageTokenizerConfig, InfinityConfig
-from toprovar_jax.errors import UserInputError
+from toprovar_jax.errors import UserInputError, unknown_name
 from toprovar_jax.generation import InfinityModel
+from toprovar_jax.hub import find_model
 from toprovar_jax.image_tokenizer import ImageTokenizer, encode_scales
-from toprovar_jax.loading import IMAGE_TOKENIZER, TOKENIZER, save_model
+from toprovar_jax.loading import IMAGE_TOKENIZER, TOKENIZER, load_model, save_model
 from toprovar_jax.model_card import ModelCard
 from toprovar_jax.scenes.captions import VOCABULARY, captions
 from toprovar_jax.scenes.renderer import empty_scene_image, render
@@ -53,15 +54,21 @@ class Recipe:
     """Everything that fixes the embedded model, apart from the number of steps.
 
     Attributes:
+      name: of the model.
       image_tokenizer, transformer: configurations.
       text_layers: depth of the text encoder; its vocabulary is that of the captions.
       num_scales: of the square template; with the tokenizer's stride it fixes the size of the pictures.
       tokenizer_batch, batch: pictures per step of either stage.
       pool: encoded pictures that the transformer is trained on.
       held_out: pictures for its evaluation, a multiple of ``batch``.
+      pixels: name of the model's only pixel budget.
       seed: of the transformer stage.
+      learning_rates: the constant value of the image tokenizer's and of the transformer's.
+      start_from: a model (:func:`toprovar_jax.hub.find_model`) with the same configurations, other scales perhaps,
+        whose weights are the start of both stages; None for random ones.
     """
 
+    name: str
     image_tokenizer: ImageTokenizerConfig
     transformer: InfinityConfig
     text_layers: int
@@ -70,7 +77,10 @@ class Recipe:
     batch: int
     pool: int
     held_out: int
+    pixels: str
     seed: int = 0
+    learning_rates: tuple[float, float] = (2e-3, 2e-3)
+    start_from: str | None = None
 
     @property
     def schedule(self) -> ScaleSchedule:
@@ -91,6 +101,7 @@ class Recipe:
 
 
 SCENES_SMALL = Recipe(
+    name="scenes-small",
     image_tokenizer=ImageTokenizerConfig(
         latent_channels=32, stride=8, base_width=24, width_multipliers=(1, 1, 2, 4), num_res_blocks=1
     ),
@@ -103,8 +114,23 @@ SCENES_SMALL = Recipe(
     batch=16,
     pool=16384,
     held_out=256,
+    pixels="0.004M",
 )
 """64 x 64 pixels, 121 tokens of 32 bits: small enough to train on two CPU cores."""
+
+SCENES_MEDIUM = dataclasses.replace(
+    SCENES_SMALL,
+    name="scenes-medium",
+    num_scales=7,
+    pool=3072,
+    held_out=128,
+    pixels="0.016M",
+    learning_rates=(1e-3, 1e-3),
+    start_from="scenes-small",
+)
+"""128 x 128 pixels, 521 tokens: the small model's weights, trained on at twice the resolution."""
+
+RECIPES = {recipe.name: recipe for recipe in (SCENES_SMALL, SCENES_MEDIUM)}
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -128,7 +154,8 @@ def train_image_tokenizer(directory: Path, recipe: Recipe, num_steps: int) -> No
     """The first stage; writes ``image_tokenizer.safetensors`` (encoder and decoder) into ``directory``."""
     grids = recipe.schedule.latent_grids
     empty = empty_scene_image(*recipe.schedule.pixel_size)
-    trainer = TokenizerTrainer(recipe.image_tokenizer, TokenizerTraining(grids, num_steps=num_steps), empty)
+    training = TokenizerTraining(grids, num_steps=num_steps, learning_rate=recipe.learning_rates[0])
+    trainer = TokenizerTrainer(recipe.image_tokenizer, training, empty)
     # Latents are standardised by batch while training; afterwards by these pictures.
     calibration = recipe.draw(jax.random.key(1000), 256)[1]
     held_out = recipe.draw(jax.random.key(99), 24)[1]
@@ -145,7 +172,9 @@ def train_image_tokenizer(directory: Path, recipe: Recipe, num_steps: int) -> No
         psnr = {f"psnr{k}": float(jnp.mean(-10.0 * jnp.log10(error + 1e-10))) for k, error in enumerate(errors)}
         return psnr | {f"entropy{k}": float(entropy) for k, entropy in enumerate(entropies)}
 
-    state = run(trainer.init(0), step, LoopConfig(own, num_steps), evaluate=evaluate, report=_report)
+    given = _start(recipe)
+    start = trainer.init(0) if given is None else trainer.start_at(given.image_tokenizer)
+    state = run(start, step, LoopConfig(own, num_steps), evaluate=evaluate, report=_report)
     tensors = official_state_dict(
         trainer.finish(state, calibration), image_tokenizer_table.rules(recipe.image_tokenizer)
     )
@@ -182,7 +211,12 @@ def train_transformer(directory: Path, recipe: Recipe, num_steps: int) -> Transf
         return {name: float(np.mean([result[name] for result in results])) for name in results[0]}
 
     loop = LoopConfig(directory / "transformer", num_steps)
-    return run(trainer.init(recipe.seed), step, loop, evaluate=evaluate, report=_report)
+    given = _start(recipe)
+    if given is None or given.text_encoder is None:
+        start = trainer.init(recipe.seed)
+    else:
+        start = trainer.start_at(given.transformer, given.text_encoder)
+    return run(start, step, loop, evaluate=evaluate, report=_report)
 
 
 def export(directory: Path, recipe: Recipe, num_steps: int) -> Path:
@@ -203,12 +237,12 @@ def export(directory: Path, recipe: Recipe, num_steps: int) -> Path:
     transformer, text_encoder = trainer.networks(state)
     image_tokenizer = _load_image_tokenizer(directory, recipe)
     card = ModelCard(
-        name="scenes-small",
+        name=recipe.name,
         transformer=recipe.transformer,
         image_tokenizer=recipe.image_tokenizer,
         text_encoder=trainer.text_config,
-        pixel_budgets=(("0.004M", recipe.num_scales),),
-        default_pixels="0.004M",
+        pixel_budgets=((recipe.pixels, recipe.num_scales),),
+        default_pixels=recipe.pixels,
         guidance=2.0,
         top_k=0,
         top_p=1.0,
@@ -219,6 +253,7 @@ def export(directory: Path, recipe: Recipe, num_steps: int) -> Path:
             ("samples", step * recipe.batch),
             ("pool", recipe.pool),
             ("seed", recipe.seed),
+            *((("start_from", recipe.start_from),) if recipe.start_from else ()),
         ),
     )
     folder = directory / "model"
@@ -240,8 +275,26 @@ def _text_tokenizer(directory: Path) -> TextTokenizer:
 
 def _transformer_trainer(recipe: Recipe, text_tokenizer: TextTokenizer, num_steps: int) -> TransformerTrainer:
     text_encoder = recipe.text_encoder(text_tokenizer.vocab_size)
-    training = TransformerTraining.for_scenes(num_steps)
+    training = dataclasses.replace(TransformerTraining.for_scenes(num_steps), learning_rate=recipe.learning_rates[1])
     return TransformerTrainer(recipe.transformer, text_encoder, training, recipe.schedule)
+
+
+def _start(recipe: Recipe) -> InfinityModel | None:
+    """The networks that training starts from, if not from random ones.
+
+    Raises:
+      UserInputError: their configurations are not the recipe's.
+    """
+    if recipe.start_from is None:
+        return None
+    card, networks, _ = load_model(find_model(recipe.start_from), precision="exact", with_encoder=True)
+    if (card.transformer, card.image_tokenizer) != (recipe.transformer, recipe.image_tokenizer):
+        raise UserInputError(
+            f"model {recipe.start_from} as the start of {recipe.name}",
+            "must have the same configurations",
+            "choose another",
+        )
+    return networks
 
 
 def _load_image_tokenizer(directory: Path, recipe: Recipe) -> ImageTokenizer:
@@ -319,7 +372,7 @@ def _report(line: str) -> None:
     print(time.strftime("%H:%M:%S"), line, flush=True)
 
 
-def main(arguments: list[str] | None = None, recipe: Recipe = SCENES_SMALL) -> int:
+def main(arguments: list[str] | None = None, recipes: Mapping[str, Recipe] = RECIPES) -> int:
     """The command; returns its exit status."""
 
     def command(
@@ -327,6 +380,7 @@ def main(arguments: list[str] | None = None, recipe: Recipe = SCENES_SMALL) -> i
         directory: Path,
         tokenizer_steps: int = 3400,
         steps: int = 4200,
+        recipe: str = next(iter(recipes)),
     ) -> Any:
         """Train and export the embedded model.
 
@@ -335,13 +389,17 @@ def main(arguments: list[str] | None = None, recipe: Recipe = SCENES_SMALL) -> i
           directory: checkpoints, metrics and results.
           tokenizer_steps: steps of the image tokenizer.
           steps: steps of the transformer.
+          recipe: name of the model to make.
         """
+        if recipe not in recipes:
+            raise unknown_name("recipe", recipe, recipes)
+        chosen = recipes[recipe]
         if stage in ("tokenizer", "all"):
-            train_image_tokenizer(directory, recipe, tokenizer_steps)
+            train_image_tokenizer(directory, chosen, tokenizer_steps)
         if stage in ("transformer", "all"):
-            train_transformer(directory, recipe, steps)
+            train_transformer(directory, chosen, steps)
         if stage in ("export", "all"):
-            _report(f"wrote {export(directory, recipe, steps)}")
+            _report(f"wrote {export(directory, chosen, steps)}")
 
     try:
         tyro.cli(command, args=arguments, prog="python -m toprovar_jax.training.scenes")

@@ -131,6 +131,14 @@ class TransformerTrainer:
         parameters = jax.jit(
             lambda: {name: nnx.split(module)[1] for name, module in zip(_NAMES, self._create(seed), strict=True)}
         )()
+        return self._start(parameters)
+
+    def start_at(self, transformer: Infinity, text_encoder: T5Encoder) -> TransformerState:
+        """The weights of these networks as the start."""
+        networks = (transformer, text_encoder)
+        return self._start({name: nnx.split(module)[1] for name, module in zip(_NAMES, networks, strict=True)})
+
+    def _start(self, parameters: Parameters) -> TransformerState:
         average = jax.tree.map(jnp.copy, parameters)
         return TransformerState(parameters, average, self.optimizer.init(parameters), jnp.zeros((), jnp.int32))
 
