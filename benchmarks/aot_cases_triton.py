@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ahead_of_time import Facts, compile_for, gpu_facts, gpu_mesh, placed
 from pallas_kernels.attention.block_mask import BlockMask
-from pallas_kernels.attention.gpu_topology import described_gpu
 from pallas_kernels.attention.problem import Problem
 from pallas_kernels.attention.target import Target
 from pallas_kernels.attention.triton_gpu import (
@@ -30,7 +30,6 @@ from pallas_kernels.attention.triton_gpu import (
     triton_attention,
 )
 
-Facts = dict[str, float | int | str]
 Case = tuple[str, tuple[int, int], Callable[[], Facts]]
 
 _KINDS = {(8, 0): "NVIDIA A100-SXM4-80GB", (8, 6): "NVIDIA A10", (8, 9): "NVIDIA L40", (9, 0): "NVIDIA H200"}
@@ -119,11 +118,10 @@ def _resources(ptx: str, ptxas: str) -> tuple[int, int]:
         file.flush()
         command = [ptxas, "-v", f"--gpu-name={architecture[1] if architecture else ''}", "-o", "/dev/null", file.name]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = re.search(r"Used (\d+) registers", report)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    if registers is None or spills is None:
+    facts = gpu_facts(report)
+    if facts["registers"] is None or facts["spill_bytes"] is None:
         raise ValueError(f"report of ptxas {report!r}: must name registers and spills; has its form changed?")
-    return int(registers[1]), int(spills[1]) + int(spills[2])
+    return facts["registers"], facts["spill_bytes"]
 
 
 def _variants(*, full: bool) -> dict[str, dict]:
@@ -151,18 +149,18 @@ def _through_jax(name: str) -> Callable[[], Facts]:
 
     def compile_call() -> Facts:
         start = time.perf_counter()
-        with described_gpu(name) as sharding:
+        mesh = gpu_mesh(name)
 
-            def array(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
-                return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+        def array(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
-            def call(q, k, v, lengths):
-                options = {"scale": 0.125, "block_mask": None, "with_entropy": True}
-                return triton_attention(q, k, v, key_length=lengths, **options)
+        def call(q, k, v, lengths):
+            options = {"scale": 0.125, "block_mask": None, "with_entropy": True}
+            return triton_attention(q, k, v, key_length=lengths, **options)
 
-            keys = array(2, 3121, 16, 128)
-            arguments = (array(2, 1600, 16, 128), keys, keys, array(2, dtype="int32"))
-            compiled = jax.jit(call).trace(*arguments).lower().compile()
+        keys = array(2, 3121, 16, 128)
+        arguments = (array(2, 1600, 16, 128), keys, keys, array(2, dtype="int32"))
+        compiled = compile_for(mesh, jax.jit(call), *placed(arguments, mesh))
         text = compiled.as_text() or ""
         if "triton" not in text:
             raise ValueError("compiled program: must hold the Triton call; was it optimised away?")

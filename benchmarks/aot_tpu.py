@@ -7,16 +7,15 @@ Prints a line per program. Exit code 0 if all compile, 1 if any does not, 2 with
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import os
 import sys
 from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from aot_common import LAST_SCALE, Variant, report, start, variants
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -24,15 +23,17 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.ahead_of_time import (
     TPU_ENVIRONMENT,
     TPU_SINGLE_HOST,
+    Facts,
     Program,
-    compile_all,
     compile_for,
     placed,
+    tpu_facts,
     tpu_mesh,
     why_no_tpu_compiler,
 )
 from pallas_kernels.attention import AttentionOutput, attention
-from pallas_kernels.attention.cases import CASES, Case, windows
+from pallas_kernels.attention.cases import CASES
+from pallas_kernels.report import Parser
 from toprovar_jax.acceleration import Dense
 from toprovar_jax.generation import Text, condition_on, initial_state, make_plan, scale_step
 from toprovar_jax.model import Infinity
@@ -42,13 +43,17 @@ from toprovar_jax.sampling import Sampling
 SLICES = {"v5e": "v5e:4x4", "v5p": "v5p:4x4x1", "v6e": "v6e:4x4"}
 """Chip -> a slice of sixteen."""
 
-LAST_SCALE = CASES["infinity"][-1]
 HEAD_DIMS = (64, 80, 96, 104, 112, 120, 128, 160, 192, 256)
-DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
+DTYPES = ("bf16", "fp32")
+COLUMNS = (
+    ("temporary MiB", 15, lambda facts: f"{facts['temporary_bytes'] / 2**20:.1f}"),
+    ("code KiB", 10, lambda facts: f"{facts['code_bytes'] / 2**10:.0f}"),
+)
 
 
-def kernel_call(mesh: Mesh, case: Case, dtype, *, with_entropy: bool):
+def compile_kernel(mesh: Mesh, variant: Variant) -> Facts:
     """Compile one call of the kernel."""
+    case = variant.case
 
     def call(q, k, v, lengths):
         return attention(
@@ -56,40 +61,18 @@ def kernel_call(mesh: Mesh, case: Case, dtype, *, with_entropy: bool):
             scale=case.scale,
             key_length=None if case.key_length is None else lengths,
             block_mask=case.block_mask,
-            with_entropy=with_entropy,
+            with_entropy=variant.with_entropy,
             implementation="mosaic_tpu",
         )
 
-    return compile_for(mesh, jax.jit(call), *placed(describe(case, dtype), mesh))
-
-
-def describe(case: Case, dtype) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """``q, k, v`` and the key lengths of a case."""
-    shapes = [(case.batch, length, case.heads, case.head_dim) for length in (case.num_queries, *[case.num_keys] * 2)]
-    return *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), jax.ShapeDtypeStruct((case.batch,), jnp.int32)
+    return tpu_facts(compile_for(mesh, jax.jit(call), *placed(variant.describe(), mesh)))
 
 
 def kernel_programs(target: str) -> Iterator[Program]:
     """The kernel alone: all flags at the last scale, all head dims, all scales, awkward lengths."""
     mesh = tpu_mesh(TPU_SINGLE_HOST[target])
-    pattern = windows(LAST_SCALE.num_queries, LAST_SCALE.num_keys)
-
-    def program(case: Case, dtype: str, with_entropy: bool) -> Program:
-        name = f"{case.name} {dtype}{' entropy' if with_entropy else ''}"
-        return Program(target, name, lambda: kernel_call(mesh, case, DTYPES[dtype], with_entropy=with_entropy))
-
-    for dtype, entropy, ragged, masked in itertools.product(DTYPES, (False, True), (False, True), (False, True)):
-        case = dataclasses.replace(
-            LAST_SCALE,
-            name=f"64x64{' ragged' if ragged else ''}{' masked' if masked else ''}",
-            key_length=(10521, 6425) if ragged else None,
-            block_mask=pattern if masked else None,
-        )
-        yield program(case, dtype, entropy)
-    for dtype, width in itertools.product(DTYPES, HEAD_DIMS):
-        yield program(Case(f"head dim {width}", 2, 1600, 3121, 16, width, 0.1, key_length=(3121, 77)), dtype, True)
-    for case in (*CASES["infinity"][:-1], *CASES["edges"]):
-        yield program(case, "bf16", True)
+    for variant in variants(DTYPES, itertools.product(HEAD_DIMS, DTYPES, (True,)), ("edges",)):
+        yield Program(target, variant.name, lambda variant=variant: compile_kernel(mesh, variant))
 
 
 def sharded_program(target: str) -> Program:
@@ -108,8 +91,10 @@ def sharded_program(target: str) -> Program:
             options = {"scale": case.scale, "with_entropy": True, "implementation": "mosaic_tpu"}
             return attention(q, k, v, key_length=lengths, **options)
 
-        q, k, v, lengths = describe(case, jnp.bfloat16)
-        return compile_for(mesh, jax.jit(call), *placed((q, k, v), mesh, sharded), placed(lengths, mesh, rows))
+        q, k, v, lengths = Variant(case, "bf16", True).describe()
+        return tpu_facts(
+            compile_for(mesh, jax.jit(call), *placed((q, k, v), mesh, sharded), placed(lengths, mesh, rows))
+        )
 
     return Program(target, "64x64 bf16 entropy, 8 rows over 4x4 chips", build)
 
@@ -120,7 +105,7 @@ def model_programs(target: str, scales: Iterable[int] = (6, 12)) -> Iterator[Pro
     card = PRESETS["infinity-2b"].with_precision("fast")
     config = dataclasses.replace(card.transformer, attention=("mosaic_tpu",))
     plan = make_plan(card.schedule("1:1", "1M"), Sampling(), Dense())
-    step = jax.jit(scale_step, static_argnames=("plan", "scale"), donate_argnums=2)
+    jitted = jax.jit(scale_step, static_argnames=("plan", "scale"), donate_argnums=2)
 
     def arguments(scale: int):
         transformer = as_loaded(nnx.eval_shape(lambda: Infinity(config, rngs=nnx.Rngs(0))))
@@ -141,12 +126,12 @@ def model_programs(target: str, scales: Iterable[int] = (6, 12)) -> Iterator[Pro
     def build(scale: int):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             given = arguments(scale)
-        return compile_for(mesh, step, *given, plan=plan, scale=scale)
+        # One kernel for the attention over the cache, one for that over the text; layers are a loop.
+        return tpu_facts(compile_for(mesh, jitted, *given, plan=plan, scale=scale), kernels=2)
 
     for scale in scales:
         side = int(np.sqrt(CASES["infinity"][scale].num_queries))
-        # One kernel for the attention over the cache, one for that over the text; layers are a loop.
-        yield Program(target, f"Infinity-2B, scale {side}x{side}", lambda scale=scale: build(scale), kernels=2)
+        yield Program(target, f"Infinity-2B, scale {side}x{side}", lambda scale=scale: build(scale))
 
 
 def as_loaded(transformer: Infinity) -> Infinity:
@@ -160,39 +145,17 @@ def as_loaded(transformer: Infinity) -> Infinity:
     return jax.tree_util.tree_map_with_path(cast, transformer)
 
 
-def report(programs: Iterable[Program]) -> int:
-    """Compile, print the table, return the exit code."""
-    print(f"{'target':<8}{'program':<48}{'seconds':>8}{'temporary MiB':>15}{'code KiB':>10}")
-    total, failures = 0, []
-    for done in compile_all(programs):
-        total += 1
-        if done.failure is not None:
-            failures.append(done)
-        numbers = f"{done.seconds:8.1f}{done.temporary_bytes / 2**20:15.1f}{done.code_bytes / 2**10:10.0f}"
-        print(f"{done.target:<8}{done.case:<48}{numbers if done.failure is None else '  FAILED'}", flush=True)
-    for failed in failures:
-        print(f"{failed.target} {failed.case}: {failed.failure}")
-    print(f"{total - len(failures)} of {total} programs compiled for TPU; jax {jax.__version__}")
-    return 1 if failures else 0
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compile every TPU program without a TPU.")
+    """The command; returns its exit code."""
+    parser = Parser(description="Compile every TPU program without a TPU.")
     parser.add_argument("--targets", nargs="+", choices=tuple(TPU_SINGLE_HOST), default=list(TPU_SINGLE_HOST))
     targets = parser.parse_args(arguments).targets
-    reason = why_no_tpu_compiler()
-    if reason is not None:
-        print(reason, file=sys.stderr)
+    if not start(why_no_tpu_compiler(), TPU_ENVIRONMENT):
         return 2
-    os.environ.update(TPU_ENVIRONMENT)
-    jax.config.update("jax_platforms", "cpu")
-    # An executable for a chip that is not there can be written to the cache but not read back.
-    jax.config.update("jax_enable_compilation_cache", False)
-    return report(
-        itertools.chain.from_iterable(
-            (*kernel_programs(target), sharded_program(target), *model_programs(target)) for target in targets
-        )
+    programs = itertools.chain.from_iterable(
+        (*kernel_programs(target), sharded_program(target), *model_programs(target)) for target in targets
     )
+    return report(programs, COLUMNS, "TPU")
 
 
 if __name__ == "__main__":

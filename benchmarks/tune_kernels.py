@@ -9,7 +9,6 @@ same F, the command leaves out what did not return.
 
 import argparse
 import concurrent.futures
-import dataclasses
 import json
 import pathlib
 import sys
@@ -22,10 +21,8 @@ import numpy as np
 
 from pallas_kernels.attention.api import IMPLEMENTATIONS, implementation_module, kernel, why_not
 from pallas_kernels.attention.cases import CASES, Case
-from pallas_kernels.attention.problem import Problem
 from pallas_kernels.attention.target import current_target
 from pallas_kernels.attention.tuning import as_fields, size_class
-from pallas_kernels.bench import draw
 from pallas_kernels.conformance import check
 from pallas_kernels.profiling import measure
 from pallas_kernels.report import Parser, file_path, write_report
@@ -90,7 +87,7 @@ class Log:
 
 def survey(log: Log, name: str, case: Case, dtype: str, configs: Sequence, with_entropy: bool, rounds: int) -> list:
     """``(milliseconds, configuration, timer)`` of all that compile and return, fastest first."""
-    arrays = draw(case, dtype)
+    arrays = case.draw_on_device(dtype)
     options = {"scale": case.scale, "block_mask": case.block_mask, "with_entropy": with_entropy}
 
     def attempt(config, step):
@@ -169,8 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     for group, wanted in KEY_CASES:
         case = next(case for case in CASES[group] if case.name == wanted)
         case = case if options.heads is None else case.shrunk(heads=options.heads)
-        sizes = (case.batch, case.num_queries, case.num_keys, case.heads, case.head_dim, jax.numpy.dtype(options.dtype))
-        problem = dataclasses.replace(Problem(*sizes), with_entropy=True)
+        problem = case.problem(options.dtype, with_entropy=True)
         reason = why_not(name, problem, target)
         if reason is not None or case.name in [
             entry["case"] for entry in log.state["timed"] if not entry["with_entropy"]

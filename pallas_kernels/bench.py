@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from pallas_kernels.attention.api import IMPLEMENTATIONS, attention, why_not
 from pallas_kernels.attention.cases import CASES, Case
@@ -91,7 +90,7 @@ def bench_case(
       entropies: with, without, or both.
       rounds: timed calls of each.
     """
-    arrays = draw(case, dtype)
+    arrays = case.draw_on_device(dtype)
     target = current_target(*arrays[:3])
     lines: dict[tuple[str, bool], Record] = {}
     programs: dict[tuple[str, bool], Callable[[], Any]] = {}
@@ -100,9 +99,7 @@ def bench_case(
         for with_entropy in entropies:
             key = (name, with_entropy)
             lines[key] = Record(name, group, case.name, dtype, with_entropy)
-            problem = Problem.of(
-                *arrays[:2], key_length=arrays[3], block_mask=case.block_mask, with_entropy=with_entropy
-            )
+            problem = case.problem(dtype, with_entropy=with_entropy)
             try:
                 reason = _too_large(name, problem) or why_not(name, problem, target)
                 if reason is None:
@@ -128,7 +125,7 @@ def bench_case(
     for key in programs:
         times = timing.milliseconds[f"{key[0]} {key[1]}"]
         low, median, high = (float(x) for x in np.quantile(times, (0.25, 0.5, 0.75)))
-        tflops = flops(case) / median / 1e9
+        tflops = case.flops / median / 1e9
         peak = peak_tflops(target.kind, dtype)
         lines[key] = dataclasses.replace(
             lines[key],
@@ -136,35 +133,6 @@ def bench_case(
             **{"tflops": tflops, "peak_share": peak and tflops / peak},
         )
     return [_compared(line, lines) for line in lines.values()]
-
-
-def draw(case: Case, dtype: str, seed: int = 0) -> tuple[Array, Array, Array, Array | None]:
-    """Queries, keys, values and lengths with the case's distribution of scores, made on the device."""
-
-    @jax.jit
-    def make(key):
-        shape = (case.batch, case.num_keys, case.heads, case.head_dim)
-        keys = jax.random.split(key, 4)
-        q = jax.random.normal(keys[0], (case.batch, case.num_queries, case.heads, case.head_dim), jnp.float32)
-        k, v = (jax.random.normal(key, shape, jnp.float32) for key in keys[1:3])
-        if case.scores == "cosine":
-            q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-            partner = jax.random.randint(keys[3], (case.num_queries,), 0, case.num_keys)
-            sharp = (jnp.arange(case.num_queries) % 2 == 0)[None, :, None, None]
-            q = jnp.where(sharp, k[:, partner], q)
-        elif case.scores == "uniform":
-            q = jnp.zeros_like(q)
-        return tuple(x.astype(dtype) for x in (q, k, v))
-
-    lengths = None if case.key_length is None else jnp.asarray(case.key_length, jnp.int32)
-    return *jax.block_until_ready(make(jax.random.key(seed))), lengths
-
-
-def flops(case: Case) -> float:
-    """Floating-point operations of the two products over visible keys, two per multiply-add."""
-    lengths = (case.num_keys,) * case.batch if case.key_length is None else case.key_length
-    density = 1.0 if case.block_mask is None else case.block_mask.density
-    return 4.0 * case.heads * case.num_queries * case.head_dim * sum(lengths) * density
 
 
 def bench_spectrum(rounds: int) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
-import pathlib
+import functools
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +24,9 @@ from pallas_kernels.attention.api import IMPLEMENTATIONS, attention, implementat
 from pallas_kernels.attention.cases import CASES, Case
 from pallas_kernels.attention.float64 import ExactAttention, attend
 from pallas_kernels.attention.output import AttentionOutput
-from pallas_kernels.attention.problem import Problem
 from pallas_kernels.attention.reference import MASKED
 from pallas_kernels.attention.target import Target, current_target
+from pallas_kernels.report import Parser, file_path, leave, write_report
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_ROWS = 96
@@ -132,7 +131,7 @@ def check(
     line = Record(implementation, group, case.name, dtype)
     q, k, v = (jnp.asarray(x, dtype) for x in case.draw())
     lengths = None if case.key_length is None else jnp.asarray(case.key_length, jnp.int32)
-    problem = Problem.of(q, k, key_length=lengths, block_mask=case.block_mask, with_entropy=True)
+    problem = case.problem(dtype, with_entropy=True)
     interpreted = interpret and implementation == "mosaic_tpu"
     target = _INTERPRETED if interpreted else current_target(q)
     reason = why_not(implementation, problem, target)
@@ -140,7 +139,8 @@ def check(
         return dataclasses.replace(line, reason=reason)
     if interpreted and config is None:
         config = implementation_module(implementation).default_config(problem, target)
-    compiled = [jax.jit(_caller(implementation, case, with_entropy, config)) for with_entropy in (True, False)]
+    settings = (implementation, case.scale, case.block_mask, config, interpreted)
+    compiled = [_program(attention, *settings, with_entropy) for with_entropy in (True, False)]
     try:
         with _tpu_interpreter() if interpreted else contextlib.nullcontext():
             got, again = (jax.block_until_ready(compiled[0](q, k, v, lengths)) for _ in range(2))
@@ -198,11 +198,24 @@ def sample_rows(num_queries: int, most: int = MAX_ROWS) -> np.ndarray:
     return np.array(sorted(chosen))
 
 
-def _caller(implementation: str, case: Case, with_entropy: bool, config: Any):
-    options = {"scale": case.scale, "block_mask": case.block_mask, "with_entropy": with_entropy}
+@functools.lru_cache(maxsize=64)
+def _program(
+    run: Callable,
+    implementation: str,
+    scale: float,
+    block_mask: Any,
+    config: Any,
+    interpreted: bool,
+    with_entropy: bool,
+):
+    """``(q, k, v, lengths) -> output``, compiled once for all cases that differ in nothing but numbers."""
+    options = {"scale": scale, "block_mask": block_mask, "with_entropy": with_entropy}
     if config is not None:
-        return kernel(implementation, config=config, **options)
-    return lambda q, k, v, lengths: attention(q, k, v, key_length=lengths, implementation=implementation, **options)
+        call = kernel(implementation, config=config, **options)
+    else:
+        call = lambda q, k, v, lengths: run(q, k, v, key_length=lengths, implementation=implementation, **options)
+    # The interpreter is a large program that runs for a moment: compiling it dominates.
+    return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0} if interpreted else None)
 
 
 def _tpu_interpreter() -> contextlib.AbstractContextManager:
@@ -239,28 +252,26 @@ def _text(line: Record) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.conformance", description="Holds every implementation to float64."
-    )
+    parser = Parser(prog="python -m pallas_kernels.conformance", description="Holds every implementation to float64.")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--heads", type=int, help="reduce every case to so many heads (slow machines)")
     parser.add_argument("--interpret", action="store_true", help="run mosaic_tpu in the TPU interpreter")
-    parser.add_argument("--json", type=pathlib.Path, help="also write the table here")
+    parser.add_argument("--json", type=file_path, help="also write the table here, after every line")
     options = parser.parse_args(arguments)
     if options.heads is not None and options.heads < 1:
         parser.error(f"--heads {options.heads}: must be at least 1; leave it out for the full cases")
     if options.interpret and "mosaic_tpu" not in options.implementations:
         parser.error("--interpret: must come with --implementations mosaic_tpu, the only one it is for; add it")
-    if options.json is not None:
-        try:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.touch()
-        except OSError as error:
-            parser.error(f"--json {options.json}: cannot be written ({error.strerror}); choose another file")
-        if options.json.is_dir():
-            parser.error(f"--json {options.json}: is a folder; name a file in it")
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     print(f"on {current_target()}, jax {jax.__version__}")
     records = []
     for line in run(
@@ -268,8 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         print(_text(line), flush=True)
         records.append(line)
-        if options.json is not None:
-            options.json.write_text(json.dumps([dataclasses.asdict(record) for record in records], indent=1) + "\n")
+        write_report(options.json, [dataclasses.asdict(record) for record in records])
     failed = [line for line in records if line.passed is False]
     passed = [line for line in records if line.passed]
     print(f"{len(passed)} passed, {len(failed)} failed, of {len(records)}")
@@ -279,8 +289,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        # What was finished is in the file; the shell's code for an interrupt.
-        sys.exit(130)
+    leave(main())

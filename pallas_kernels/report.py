@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 from typing import Any, NoReturn
 
 
@@ -61,9 +62,21 @@ def unwritable(path: pathlib.Path, *, folder: bool = False) -> str | None:
             place = place.parent
         if (folder or place != path) and not place.is_dir():
             return f"{path}: {place} is not a directory; choose another place"
-        return None if os.access(place, os.W_OK) else f"{path}: {place} is not writable; choose another place"
+        return None if _accepts_files(place) else f"{path}: {place} is not writable; choose another place"
     except OSError as error:
         return f"{path}: {error.strerror}; choose another place"
+
+
+def _accepts_files(place: pathlib.Path) -> bool:
+    """Whether a folder, or that of a file to be replaced, takes a new file; permissions do not tell (``/proc``)."""
+    if not os.access(place, os.W_OK):
+        return False
+    if place.is_dir() or place.is_file():  # A pipe or a terminal is written in place.
+        try:
+            tempfile.TemporaryFile(dir=place if place.is_dir() else place.parent).close()
+        except OSError:
+            return False
+    return True
 
 
 def write_report(path: pathlib.Path | None, report: Any) -> None:

@@ -1,6 +1,6 @@
 """The compile check of ``make aot-gpu``: what it accepts, and that it can refuse."""
 
-import importlib.util
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -9,9 +9,9 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from pallas_kernels.ahead_of_time import GPU_ENVIRONMENT, GPUS, Program, compile_for, gpu_facts, gpu_mesh, placed
 from pallas_kernels.attention import mosaic_gpu
 from pallas_kernels.attention.cases import Case
-from pallas_kernels.attention.gpu_topology import GPUS, described_gpu, topology
 from pallas_kernels.attention.mosaic_gpu import MosaicGpuConfig
 from pallas_kernels.attention.target import current_target
 
@@ -23,14 +23,9 @@ TOO_LARGE = MosaicGpuConfig(key_tile=256, stages=8)
 @pytest.fixture
 def command(monkeypatch):
     """The command as a module, with an environment that only compiles."""
-    spec = importlib.util.spec_from_file_location("aot_gpu", COMMAND)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Where jaxtyping's import hook and dataclasses look for it.
-    monkeypatch.setitem(sys.modules, "aot_gpu", module)
-    spec.loader.exec_module(module)
-    for name, value in module.ENVIRONMENT.items():
+    monkeypatch.syspath_prepend(str(COMMAND.parent))
+    module = importlib.import_module("aot_gpu")
+    for name, value in GPU_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     # An executable for a device that is not there cannot be read back from the cache.
     jax.config.update("jax_enable_compilation_cache", False)
@@ -43,30 +38,33 @@ def command(monkeypatch):
 @pytest.fixture
 def compiler(command):
     """The command, where there is a compiler for it."""
-    if reason := command.why_no_cuda_compiler():
+    if reason := command.why_no_gpu_compiler():
         pytest.skip(reason)
     return command
 
 
+def program(compiler, name, config=None):
+    variant = compiler.Variant(SMALL, "bf16", True)
+    return Program("mosaic sm_90", name, lambda: compiler.compile_mosaic(variant, config))
+
+
+def report(compiler, programs):
+    return compiler.report(programs, compiler.COLUMNS, "CUDA")
+
+
 def test_a_good_kernel_compiles_without_spills(compiler, capsys):
-    program = compiler.Program("mosaic", "sm_90", "good", lambda: compiler.compile_mosaic(SMALL, "bf16", True))
-    facts = program.build()
+    good = program(compiler, "good")
+    facts = good.build()
     assert facts["spill_bytes"] == 0
     assert 0 < facts["registers"] <= 255
-    assert not facts["serialised"]
-    assert compiler.report([program]) == 0
+    assert facts["failure"] is None
+    assert report(compiler, [good]) == 0
     assert "1 of 1 programs compiled" in capsys.readouterr().out
 
 
 def test_tiles_past_the_shared_memory_make_it_fail(compiler, capsys, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "SHARED_MEMORY", 2**30)
-    programs = [
-        compiler.Program(
-            "mosaic", "sm_90", name, lambda config=config: compiler.compile_mosaic(SMALL, "bf16", True, config)
-        )
-        for name, config in (("planted", TOO_LARGE), ("good", None))
-    ]
-    assert compiler.report(programs) == 1
+    assert report(compiler, [program(compiler, "planted", TOO_LARGE), program(compiler, "good")]) == 1
     printed = capsys.readouterr().out
     assert "1 of 2 programs compiled" in printed
     assert "mosaic sm_90 planted: " in printed
@@ -74,37 +72,37 @@ def test_tiles_past_the_shared_memory_make_it_fail(compiler, capsys, monkeypatch
 
 
 def test_the_described_device_is_the_target(compiler):
-    with described_gpu("H200"):
+    with jax.sharding.use_abstract_mesh(gpu_mesh("H200").abstract_mesh):
         target = current_target()
     assert (target.kind, target.compute_capability) == ("NVIDIA H200", (9, 0))
 
 
 @pytest.mark.parametrize("name", sorted(GPUS))
 def test_every_described_device_compiles_a_plain_program(compiler, name):
-    with described_gpu(name) as sharding:
-        argument = jax.ShapeDtypeStruct((128, 128), "float32", sharding=sharding)
-        compiled = jax.jit(lambda x: x + x).trace(argument).lower().compile()
+    mesh = gpu_mesh(name)
+    argument = placed(jax.ShapeDtypeStruct((128, 128), "float32"), mesh)
+    compiled = compile_for(mesh, jax.jit(lambda x: x + x), argument)
     assert "fusion" in (compiled.as_text() or "")
 
 
 def test_an_unknown_device_is_named():
     with pytest.raises(ValueError, match="RTX"):
-        topology("RTX")
+        gpu_mesh("RTX")
 
 
-def test_the_assemblers_report_is_read(command):
+def test_the_assemblers_report_is_read():
     text = (
         "ptxas info : (C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized due to\n"
         "    80 bytes stack frame, 84 bytes spill stores, 108 bytes spill loads\n"
         "ptxas info    : Used 168 registers, used 16 barriers"
     )
-    assert command.assembler_facts(text) == {"registers": 168, "spill_bytes": 192, "serialised": True}
-    assert command.assembler_facts("") == {"registers": None, "spill_bytes": None, "serialised": False}
+    failure = "the assembler serialised the tensor cores' instructions"
+    assert gpu_facts(text) == {"registers": 168, "spill_bytes": 192, "failure": failure}
+    assert gpu_facts("") == {"registers": None, "spill_bytes": None, "failure": None}
 
 
 def test_serialised_instructions_are_a_failure(command, capsys):
-    program = command.Program("mosaic", "sm_90", "slow", lambda: {"serialised": True})
-    assert command.report([program]) == 1
+    assert report(command, [Program("mosaic sm_90", "slow", lambda: gpu_facts("instructions are serialized"))]) == 1
     assert "slow: the assembler serialised" in capsys.readouterr().out
 
 
@@ -113,7 +111,8 @@ def test_without_the_plugin_it_says_what_to_do():
         "import importlib.util, runpy, sys\n"
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *a: None if name.startswith('jax_plugins') else find(name, *a)\n"
-        f"sys.argv = ['aot_gpu.py']\nrunpy.run_path({str(COMMAND)!r}, run_name='__main__')"
+        f"sys.argv = ['aot_gpu.py']\nsys.path.insert(0, {str(COMMAND.parent)!r})\n"
+        f"runpy.run_path({str(COMMAND)!r}, run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -1,6 +1,6 @@
 """The compile check of ``make aot-tpu``: what it accepts, and that it can refuse."""
 
-import importlib.util
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -18,6 +18,7 @@ from pallas_kernels.ahead_of_time import (
     compile_all,
     compile_for,
     placed,
+    tpu_facts,
     tpu_mesh,
     why_no_tpu_compiler,
 )
@@ -46,14 +47,8 @@ def environment(monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch):
-    spec = importlib.util.spec_from_file_location("aot_tpu", COMMAND)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Where jaxtyping's import hook looks for it.
-    monkeypatch.setitem(sys.modules, "aot_tpu", module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(str(COMMAND.parent))
+    return importlib.import_module("aot_tpu")
 
 
 def small_call(config=None, *, num_keys=8192, implementation=None):
@@ -69,7 +64,7 @@ def small_call(config=None, *, num_keys=8192, implementation=None):
             options = {"key_length": None, "block_mask": None, "with_entropy": True, "config": config}
             return mosaic_tpu_attention(q, k, v, scale=1.0, **options).out
 
-        return compile_for(mesh, jax.jit(call), *placed((q, kv, kv), mesh))
+        return tpu_facts(compile_for(mesh, jax.jit(call), *placed((q, kv, kv), mesh)))
 
     return Program("v5e", str(config or implementation), build)
 
@@ -79,7 +74,7 @@ def test_the_kernel_compiles_for_a_chip_that_is_not_there():
     (done,) = compile_all([small_call(MosaicTpuConfig(16, 512, 512))])
     assert done.failure is None
     assert done.seconds > 0
-    assert done.code_bytes > 0
+    assert done.facts["code_bytes"] > 0
 
 
 @needs_libtpu
@@ -99,12 +94,12 @@ def test_tiles_that_overflow_the_vector_memory_fail_the_command_and_the_rest_is_
         small_call(MosaicTpuConfig(16, 65536, 4096), num_keys=131072),
         small_call(MosaicTpuConfig(16, 512, 512)),
     )
-    assert command.report([large, good]) == 1
+    assert command.report([large, good], command.COLUMNS, "TPU") == 1
     told = capsys.readouterr().out
     assert "FAILED" in told
     assert "vmem" in told
     assert "1 of 2 programs compiled" in told
-    assert command.report([good]) == 0
+    assert command.report([good], command.COLUMNS, "TPU") == 0
 
 
 @needs_libtpu

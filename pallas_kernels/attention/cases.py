@@ -6,9 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention.block_mask import BlockMask
+from pallas_kernels.attention.problem import Problem
 
 Scores = Literal["normal", "cosine", "uniform", "far"]
 """``normal``: standard normal queries and keys. ``cosine``: unit vectors, logits up to 100, half of the queries next to
@@ -48,28 +51,59 @@ class Case:
     block_mask: BlockMask | None = None
     poisoned: bool = False
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Of ``q [B, T, N, H]`` and of ``k`` and ``v [B, S, N, H]``."""
+        lengths = (self.num_queries, self.num_keys, self.num_keys)
+        return tuple((self.batch, length, self.heads, self.head_dim) for length in lengths)
+
+    def problem(self, dtype: Any, *, with_entropy: bool = False) -> Problem:
+        """What an implementation is told about the call."""
+        sizes = (self.batch, self.num_queries, self.num_keys, self.heads, self.head_dim, np.dtype(dtype))
+        return Problem(*sizes, self.key_length is not None, self.block_mask, with_entropy)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations over visible keys: those of the problem, less what lies past the key lengths."""
+        lengths = self.key_length or (self.num_keys,)
+        return self.problem(np.float32).flops * sum(lengths) / (len(lengths) * self.num_keys)
+
     def draw(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Float32 ``q, k, v``."""
+        """Float32 ``q, k, v``, the same on every machine."""
         random = np.random.default_rng(seed)
-        q = random.standard_normal((self.batch, self.num_queries, self.heads, self.head_dim), np.float32)
-        k, v = (
-            random.standard_normal((self.batch, self.num_keys, self.heads, self.head_dim), np.float32) for _ in "kv"
-        )
+        q, k, v = (random.standard_normal(shape, np.float32) for shape in self.shapes)
+        return self._distributed(np, q, k, v, random.integers(0, self.num_keys, self.num_queries))
+
+    def draw_on_device(self, dtype: Any, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """``q, k, v`` and key lengths, made on the device: full cases take the host seconds."""
+
+        @jax.jit
+        def make(key):
+            *keys, last = jax.random.split(key, 4)
+            q, k, v = (jax.random.normal(key, shape, jnp.float32) for key, shape in zip(keys, self.shapes, strict=True))
+            partner = jax.random.randint(last, (self.num_queries,), 0, self.num_keys)
+            return tuple(x.astype(dtype) for x in self._distributed(jnp, q, k, v, partner))
+
+        lengths = None if self.key_length is None else jnp.asarray(self.key_length, jnp.int32)
+        return *jax.block_until_ready(make(jax.random.key(seed))), lengths
+
+    def _distributed(self, xp: Any, q: Any, k: Any, v: Any, partner: Any) -> tuple[Any, Any, Any]:
+        """Standard normal arrays of ``xp`` (NumPy or JAX's) with the case's scores; ``partner`` is a key per query."""
         if self.scores == "uniform":
-            q = np.zeros_like(q)
+            q = xp.zeros_like(q)
         elif self.scores == "cosine":
-            q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-            partner = random.integers(0, self.num_keys, self.num_queries)
+            q, k = (x / xp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
             sharp = np.arange(self.num_queries) % 2 == 0
-            q = np.where(sharp[None, :, None, None], k[:, partner], q)
+            q = xp.where(sharp[None, :, None, None], k[:, partner], q)
         elif self.scores == "far":
             # One common component moves all scores alike; the others are small integers, so that every product and
             # every sum below 2^24 is exact in every dtype and order.
-            q, k = np.clip(np.round(q), -2, 2), np.clip(np.round(k), -2, 2)
-            q[..., 0], k[..., 0] = 1024.0, -1024.0
-        for row, length in enumerate(self.key_length or ()):
-            if self.poisoned:
-                k[row, length:] = v[row, length:] = np.nan
+            first = (np.arange(self.head_dim) == 0)[None, None, None]
+            q = xp.where(first, np.float32(1024.0), xp.clip(xp.round(q), -2, 2))
+            k = xp.where(first, np.float32(-1024.0), xp.clip(xp.round(k), -2, 2))
+        if self.poisoned and self.key_length is not None:
+            hidden = (np.arange(self.num_keys)[None] >= np.array(self.key_length)[:, None])[:, :, None, None]
+            k, v = (xp.where(hidden, np.float32(np.nan), x) for x in (k, v))
         return q, k, v
 
     def shrunk(self, *, heads: int = 1, batch: int | None = None) -> Case:

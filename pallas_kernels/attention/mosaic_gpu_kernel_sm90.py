@@ -36,7 +36,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.mosaic_gpu_rows import LOG2_E, Rows, finish_rows, softmax_tile, spread
+from pallas_kernels.attention.constants import LOG2_E
+from pallas_kernels.attention.mosaic_gpu_rows import Rows, finish_rows, softmax_tile, spread
 from pallas_kernels.attention.reference import MASKED
 
 # Where 64-bit types are enabled, a Python number handed to a function of JAX is 64 bits wide.

@@ -7,20 +7,13 @@ same ``m`` enters the exponents, the cross term and the log-sum-exp: whatever it
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from pallas_kernels.attention.reference import MASKED
-
-LOG2_E = math.log2(math.e)
-LN_2 = math.log(2.0)
-# Where 64-bit types are enabled, a Python number handed to a function of JAX is 64 bits wide.
-_MASKED, _ZERO, _ONE = np.float32(MASKED), np.float32(0.0), np.float32(1.0)
+from pallas_kernels.attention.constants import LN_2, MASKED_SCORE, ONE, ZERO
 
 
 class Rows(NamedTuple):
@@ -53,15 +46,15 @@ def softmax_tile(
       Unnormalised weights, the new statistics, and the factor for what was accumulated so far.
     """
     if visible is not None:
-        products = jnp.where(visible, products, _MASKED)
+        products = jnp.where(visible, products, MASKED_SCORE)
     maximum = jnp.maximum(rows.maximum, jnp.max(products, axis=1) * factor)
     change = rows.maximum - maximum
     rescale = jnp.exp2(change)
     exponents = products * factor - spread(maximum, products.shape)
     weights = jnp.exp2(exponents)
     if visible is not None:
-        weights = jnp.where(visible, weights, _ZERO)
-        exponents = jnp.where(visible, exponents, _ZERO)
+        weights = jnp.where(visible, weights, ZERO)
+        exponents = jnp.where(visible, exponents, ZERO)
     moment = rows.moment
     if with_entropy:
         moment = rescale * (moment + change * rows.total) + jnp.sum(weights * exponents, axis=1)
@@ -73,8 +66,8 @@ def finish_rows(rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``(1 / total, log-sum-exp, entropy in nats)``; rows without a visible key give 1, MASKED, 0."""
     # Compared with zero, so that a NaN among the inputs stays one.
     empty = rows.total == 0.0
-    total = jnp.where(empty, _ONE, rows.total)
+    total = jnp.where(empty, ONE, rows.total)
     log_total = jnp.log(total)
     inverse = 1.0 / total
-    log_sum_exp = jnp.where(empty, _MASKED, rows.maximum * LN_2 + log_total)
-    return inverse, log_sum_exp, jnp.maximum(log_total - LN_2 * (rows.moment * inverse), _ZERO)
+    log_sum_exp = jnp.where(empty, MASKED_SCORE, rows.maximum * LN_2 + log_total)
+    return inverse, log_sum_exp, jnp.maximum(log_total - LN_2 * (rows.moment * inverse), ZERO)

@@ -21,6 +21,7 @@ from pallas_kernels.attention.mosaic_tpu_kernel import LANES, Shape, attention_k
 from pallas_kernels.attention.output import AttentionOutput
 from pallas_kernels.attention.problem import Problem
 from pallas_kernels.attention.target import current_target
+from pallas_kernels.varying import as_varying
 
 __all__ = ["MosaicTpuConfig", "candidates", "default_config", "mosaic_tpu_attention", "why_not"]
 
@@ -69,7 +70,8 @@ def mosaic_tpu_attention(
     # Heads before tokens: the register tiles of a TPU array span its last two axes, so that one head of [T, N, H] is
     # one sublane of each, which no copy engine fetches well.
     operands = tuple(x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    operands, prefetched = _equally_varying(operands, prefetched)
+    # Inside shard_map, one call needs all of its arrays to vary over the same mesh axes.
+    operands, prefetched = as_varying((operands, prefetched), (operands, prefetched))
     # The results vary over the mesh axes that the operands do; shard_map's checks want it said.
     call = _call(problem, config, shape, jax.typeof(operands[0]).manual_axis_type)
     out, log_sum_exp, *entropy = call(*prefetched, *operands)
@@ -153,12 +155,3 @@ def _cost(problem: Problem, shape: Shape) -> pl.CostEstimate:
         transcendentals=int(scores),
         bytes_accessed=batch * heads * fetched * head_dim * problem.dtype.itemsize,
     )
-
-
-def _equally_varying(operands, prefetched):
-    """Inside ``shard_map``: all arrays varying over the union of their mesh axes, as one call needs."""
-    arrays = (*operands, *prefetched)
-    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    missing = [tuple(frozenset().union(*varying) - axes) for axes in varying]
-    arrays = tuple(jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True))
-    return arrays[: len(operands)], arrays[len(operands) :]

@@ -9,7 +9,6 @@ and add in two roundings, so subtracting first costs nothing, and the largest sc
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 import jax
@@ -17,18 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention.reference import MASKED
+from pallas_kernels.attention.constants import LN_2, LOG2_E, MASKED_SCORE, ONE, ZERO
 
 LANES = 128
 """Width of a vector register, the unit of the last axis."""
 
 _LARGE_SCALE = 1e8
 """Up to here, a difference of two scores within 1e30 does not overflow when it is multiplied by the scale."""
-
-_LOG2_E = math.log2(math.e)
-_LN_2 = math.log(2.0)
-# Where 64-bit types are enabled, a Python number handed to a function of JAX is 64 bits wide, which no TPU computes.
-_MASKED, _ZERO, _ONE = np.float32(MASKED), np.float32(0.0), np.float32(1.0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ def attention_kernel(lengths_ref, visits_ref, tiles_ref, *refs, shape: Shape):
 
     @pl.when(step == 0)
     def start():
-        maximum_ref[...] = jnp.full_like(maximum_ref, _MASKED)
+        maximum_ref[...] = jnp.full_like(maximum_ref, MASKED_SCORE)
         for ref in (weighted_ref, total_ref, *moment_ref):
             ref[...] = jnp.zeros_like(ref)
 
@@ -100,24 +94,24 @@ def attention_kernel(lengths_ref, visits_ref, tiles_ref, *refs, shape: Shape):
         visible = None
         if remaining is not None:
             visible = jax.lax.broadcasted_iota(jnp.int32, (1, shape.compute_tile), 1) < remaining
-            products = jnp.where(visible, products, _MASKED)
+            products = jnp.where(visible, products, MASKED_SCORE)
             # Zero weights do not silence what lies past the end of the array: 0 * NaN is NaN.
             held = jax.lax.broadcasted_iota(jnp.int32, (shape.compute_tile, 1), 0) < remaining
             value = jnp.where(held, value, jnp.zeros_like(value))
         before = maximum_ref[...]
         maximum = jnp.maximum(before, jnp.max(products, axis=-1, keepdims=True))
         maximum_ref[...] = maximum
-        exponent = (products - _repeat(maximum, shape.compute_tile)) * jnp.float32(shape.scale * _LOG2_E)
+        exponent = (products - _repeat(maximum, shape.compute_tile)) * jnp.float32(shape.scale * LOG2_E)
         weights = jnp.exp2(exponent)
         if visible is not None:
-            weights = jnp.where(visible, weights, _ZERO)
+            weights = jnp.where(visible, weights, ZERO)
         # At a row's first keys the difference is that to the mask; finite, it meets a total of zero.
-        change = jnp.maximum((before - maximum) * jnp.float32(shape.scale * _LOG2_E), _MASKED)
+        change = jnp.maximum((before - maximum) * jnp.float32(shape.scale * LOG2_E), MASKED_SCORE)
         rescale = jnp.exp2(change)
         if shape.with_entropy:
             (moment,) = moment_ref
             # Scores differ by up to 2e30, times the scale by more than float32 holds: 0 * inf is NaN.
-            finite = exponent if shape.scale < _LARGE_SCALE else jnp.maximum(exponent, _MASKED)
+            finite = exponent if shape.scale < _LARGE_SCALE else jnp.maximum(exponent, MASKED_SCORE)
             moment[...] = rescale * (moment[...] + change * total_ref[...]) + _fold(weights * finite)
         total_ref[...] = rescale * total_ref[...] + _fold(weights)
         added = _dot(weights.astype(value.dtype), value, contract=0)
@@ -146,18 +140,18 @@ def attention_kernel(lengths_ref, visits_ref, tiles_ref, *refs, shape: Shape):
     @pl.when(step == shape.visits - 1)
     def finish():
         total = jnp.sum(total_ref[...], axis=1, keepdims=True)
-        inverse = 1.0 / jnp.where(total != 0, total, _ONE)
+        inverse = 1.0 / jnp.where(total != 0, total, ONE)
         out_ref[...] = (weighted_ref[...] * inverse).astype(out_ref.dtype)
         # One number per query: along lanes, as in the result, a tile takes as many bytes as it has numbers; down
         # sublanes it would take 128 times as many.
         total = jnp.sum(total_ref[...].T, axis=0, keepdims=True)
-        divisor = jnp.where(total != 0, total, _ONE)
+        divisor = jnp.where(total != 0, total, ONE)
         log_total = jnp.log(divisor)
         log_sum_exp = jnp.float32(shape.scale) * maximum_ref[...].T[:1] + log_total
-        log_sum_exp_ref[...] = jnp.where(total != 0, log_sum_exp, _MASKED)
+        log_sum_exp_ref[...] = jnp.where(total != 0, log_sum_exp, MASKED_SCORE)
         if entropy_ref is not None:
             moment = jnp.sum(moment_ref[0][...].T, axis=0, keepdims=True)
-            entropy_ref[...] = jnp.maximum(log_total - jnp.float32(_LN_2) * (moment / divisor), _ZERO)
+            entropy_ref[...] = jnp.maximum(log_total - jnp.float32(LN_2) * (moment / divisor), ZERO)
 
 
 def _dot(left, right, *, contract: int):

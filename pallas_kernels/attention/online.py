@@ -6,7 +6,7 @@ the scale ``a``, the sum ``u`` of ``p * (s - m)`` and the weighted values ``o``.
 
     l' = c l + sum p        u' = c (u + (m - m') l) + sum p (s - m')        o' = c o + p V
 
-and at the end ``H = log l - a u / l`` (METHODS 1.7). ``u`` is kept relative to the maximum, which stays exact where
+and at the end ``H = log l - a u / l``. ``u`` is kept relative to the maximum, which stays exact where
 scores are large; all terms are finite because masked scores are. The scale comes after the subtraction: a compiler may
 fuse ``a s - m`` into one rounding, and then the largest score no longer cancels and sharp rows get negative entropy.
 """

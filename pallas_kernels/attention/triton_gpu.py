@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.block_mask import BlockMask
+from pallas_kernels.attention.constants import LOG2_E
 from pallas_kernels.attention.output import AttentionOutput
 from pallas_kernels.attention.problem import Problem
 from pallas_kernels.attention.target import Target, current_target
+from pallas_kernels.varying import as_varying
 
 _LARGEST_HEAD, _LARGEST_OFFSET, _MOST_MASKED_KEYS = 256, 2**31 - 1, 2**15 * 16
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -205,7 +206,7 @@ def prepare(problem: Problem, config: TritonConfig, *, scale: float) -> Launch:
         # 16 bits are less than an asynchronous copy moves, so that Triton leaves these reads to the L1 cache.
         table, pitch = (indices.astype(np.int16), counts), indices.shape[1]
     constants = {
-        "FACTOR": scale * math.log2(math.e),
+        "FACTOR": scale * LOG2_E,
         "NUM_HEADS": problem.heads,
         "HEAD_DIM": problem.head_dim,
         "WIDTH": _width(problem.head_dim),
@@ -271,7 +272,8 @@ def triton_attention(
         num_stages=config.stages,
         **launch.constants,
     )
-    out, log_sum_exp, entropy = _as_varying(results, (q, k, v, lengths))
+    # Inside shard_map: the call does not say that its results vary over the mesh axes of its operands.
+    out, log_sum_exp, entropy = as_varying(tuple(results), (q, k, v, lengths))
     return AttentionOutput(out, log_sum_exp, entropy if with_entropy else None)
 
 
@@ -282,12 +284,6 @@ def _triton_call(*arguments, outputs, **options):
     # Renamed in jax-triton 0.4, where the old name warns.
     name = "out_type" if "out_type" in inspect.signature(call).parameters else "out_shape"
     return call(*arguments, kernel=kernel.attention_kernel, name="attention", **{name: outputs}, **options)
-
-
-def _as_varying(results, operands):
-    """Inside ``shard_map``: the results as varying over the mesh axes of the operands, which the call does not say."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
-    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes), to="varying") if axes else x, results)
 
 
 def _width(head_dim: int) -> int:

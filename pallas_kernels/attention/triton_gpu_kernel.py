@@ -24,9 +24,12 @@ carried in float32, because Triton would send weights that were already narrowed
 import triton
 import triton.language as tl
 
-# Triton reads globals only as constexpr. The mask must be finite (see reference.py), and equals what it is there.
-_MASKED = tl.constexpr(-1e30)
-_LN2 = tl.constexpr(0.6931471805599453)
+from pallas_kernels.attention.constants import LN_2
+from pallas_kernels.attention.reference import MASKED
+
+# Triton reads globals only as constexpr.
+_MASKED = tl.constexpr(MASKED)
+_LN2 = tl.constexpr(LN_2)
 
 
 @triton.jit

@@ -189,20 +189,20 @@ def test_wrong_options_end_with_status_2(arguments, told, capsys):
 
 def test_work_counts_visible_keys_only():
     ragged = Case("ragged", 2, 10, 20, 3, 8, 1.0, key_length=(20, 5))
-    assert bench.flops(ragged) == 4 * 3 * 10 * 8 * 25
+    assert ragged.flops == 4 * 3 * 10 * 8 * 25
     windows = next(case for case in CASES["tails"] if case.block_mask is not None)
     whole = 4 * windows.batch * windows.heads * windows.num_queries * windows.num_keys * windows.head_dim
-    assert bench.flops(windows) == pytest.approx(whole * windows.block_mask.density)
+    assert windows.flops == pytest.approx(whole * windows.block_mask.density)
 
 
 def test_drawn_arrays_have_the_scores_of_the_case():
-    q, k, v, lengths = bench.draw(Case("drawn", 2, 7, 30, 2, 16, 1.0, "cosine", key_length=(30, 4)), "float32")
+    q, k, v, lengths = Case("drawn", 2, 7, 30, 2, 16, 1.0, "cosine", key_length=(30, 4)).draw_on_device("float32")
     assert (q.shape, k.shape, v.shape) == ((2, 7, 2, 16), (2, 30, 2, 16), (2, 30, 2, 16))
     cosines = np.einsum("btnh,bsnh->bnts", q, k)
     np.testing.assert_allclose(np.max(cosines, axis=-1)[..., ::2], 1.0, rtol=1e-5)
     assert np.all(np.max(cosines, axis=-1)[..., 1::2] < 0.99)
     np.testing.assert_array_equal(lengths, [30, 4])
-    assert bench.draw(SMALL, "bfloat16")[0].dtype == jnp.bfloat16
+    assert SMALL.draw_on_device("bfloat16")[0].dtype == jnp.bfloat16
 
 
 def test_reduction_keeps_what_the_flags_leave_alone():

@@ -65,13 +65,14 @@ def test_gradients_are_those_of_the_reference(with_entropy, lengths, mask):
     chunk=st.integers(1, 40), num_keys=st.integers(1, 40), length=st.integers(1, 9), scale=st.sampled_from([0.1, 5.0])
 )
 def test_chunks_of_keys_do_not_show(chunk, num_keys, length, scale):
-    q, k, v = (jnp.asarray(x) for x in draw(2, 2, length, num_keys, 2, 4))
-    got = reference(q, k, v, scale=scale, with_entropy=True)
-    cotangent = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), got)
-    _, pull_back = jax.vjp(lambda *x: reference(*x, scale=scale, with_entropy=True), q, k, v)
-    options = {"scale": scale, "key_length": None, "block_mask": None}
-    found = attention_gradients(q, k, v, got, cotangent, chunk=chunk, **options)
-    for a, b in zip(found, pull_back(cotangent), strict=True):
+    @jax.jit
+    def both(*arrays):
+        got, pull_back = jax.vjp(lambda *x: reference(*x, scale=scale, with_entropy=True), *arrays)
+        cotangent = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), got)
+        options = {"scale": scale, "key_length": None, "block_mask": None}
+        return attention_gradients(*arrays, got, cotangent, chunk=chunk, **options), pull_back(cotangent)
+
+    for a, b in zip(*both(*(jnp.asarray(x) for x in draw(2, 2, length, num_keys, 2, 4))), strict=True):
         assert relative(a, b) < 3e-6
 
 
@@ -103,7 +104,7 @@ def test_gradients_under_vmap():
     def gradient(run, q):
         return jax.grad(lambda q, k: weighted_sum(run(q, k, v, scale=1.0, with_entropy=True)), argnums=(0, 1))(q, k)
 
-    got, want = (jax.vmap(lambda q, run=run: gradient(run, q))(several) for run in (fused, reference))
+    got, want = (jax.jit(jax.vmap(functools.partial(gradient, run)))(several) for run in (fused, reference))
     for a, b in zip(got, want, strict=True):
         assert relative(a, b) < 2e-6
 
@@ -158,7 +159,10 @@ def test_gradients_of_gradients_are_those_of_the_reference():
         def inner(*arrays):
             return weighted_sum(attention(*arrays, scale=0.5, with_entropy=True, implementation=implementation))
 
-        return jax.grad(lambda *x: sum(jnp.sum(g**2) for g in jax.grad(inner, argnums=(0, 1, 2))(*x)), argnums=(0, 1))
+        def squares(*arrays):
+            return sum(jnp.sum(g**2) for g in jax.grad(inner, argnums=(0, 1, 2))(*arrays))
+
+        return jax.jit(jax.grad(squares, argnums=(0, 1)))
 
     for a, b in zip(twice("xla")(*arrays), twice("reference")(*arrays), strict=True):
         assert relative(a, b) < 1e-4

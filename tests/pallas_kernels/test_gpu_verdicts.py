@@ -97,3 +97,26 @@ def test_the_readme_tables_give_each_result_its_own_date(module, tmp_path):
     (tmp_path / "kernels_nvidia_h200.json").write_text(json.dumps(report))
     for table in (tables.targets(tmp_path), tables.group("infinity", tmp_path)):
         assert "jax 0.10.2, 2025-12-24" in table
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("{", "must hold results"),
+        ("[]", "must hold results"),
+        ("[" * 200_000, "must hold results"),
+        ('{"platform": "gpu"}', "must have the field 'targets'"),
+        ('{"platform": "gpu", "targets": [], "bench": []}', "must hold results"),
+    ],
+    ids=["cut off", "no object", "nested", "lacking", "wrong type"],
+)
+def test_broken_results_end_the_readme_tables_in_one_line(module, monkeypatch, tmp_path, capsys, text, rule):
+    tables, kernel_tables = module("readme_tables"), module("kernel_tables")
+    path = tmp_path / "kernels_nvidia_h200.json"
+    path.write_text(text)
+    monkeypatch.setattr(tables, "TABLES", {"kernel_targets": lambda: kernel_tables.targets(tmp_path)})
+    assert tables.main(["--check"]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: {rule}" in error
+    assert "run " in error
+    assert error.count("\n") == 1

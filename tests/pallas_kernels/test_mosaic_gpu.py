@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention import mosaic_gpu
 from pallas_kernels.attention import mosaic_gpu_kernel_sm90 as kernel
 from pallas_kernels.attention.block_mask import BlockMask
+from pallas_kernels.attention.constants import LOG2_E
 from pallas_kernels.attention.mosaic_gpu import (
     SHARED_MEMORY,
     MosaicGpuConfig,
@@ -22,7 +23,7 @@ from pallas_kernels.attention.mosaic_gpu import (
     mosaic_gpu_attention,
     why_not,
 )
-from pallas_kernels.attention.mosaic_gpu_rows import LOG2_E, Rows, finish_rows, softmax_tile
+from pallas_kernels.attention.mosaic_gpu_rows import Rows, finish_rows, softmax_tile
 from pallas_kernels.attention.problem import Problem
 from pallas_kernels.attention.reference import MASKED
 from pallas_kernels.attention.target import Target

@@ -1,6 +1,7 @@
-"""The conformance table on the CPU: every shared case against float64, and the table's own teeth."""
+"""The conformance table on the CPU: the shared cases against float64, and the table's own teeth."""
 
 import dataclasses
+import inspect
 import json
 
 import jax
@@ -9,34 +10,64 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention, conformance
+from pallas_kernels.attention.block_mask import BlockMask
 from pallas_kernels.attention.cases import CASES, INFINITY_SIDES, Case
 from pallas_kernels.attention.float64 import attend
 from pallas_kernels.attention.output import AttentionOutput
+from pallas_kernels.attention.xla_chunked import chunked_attention
 
-LARGEST = 2**26
-"""Scores per head in a test's case: those of the last scale of Infinity; the command runs all cases in full."""
-NAMED = [
-    (group, case.shrunk(heads=1, batch=min(case.batch, 2) if group != "fa3" else 1))
-    for group, cases in CASES.items()
-    for case in cases
-    if case.num_queries * case.num_keys <= (2**24 if group == "fa3" else LARGEST)
+CHUNK = inspect.signature(chunked_attention).parameters["chunk"].default
+
+
+def shortened(case, num_queries=512):
+    """All keys for fewer queries, which are independent of each other; of a pattern, rows from all over it."""
+    if case.num_queries <= num_queries:
+        return case
+    mask = case.block_mask
+    if mask is not None:
+        apart = -(-len(mask.array) * mask.query_block // num_queries)
+        mask = BlockMask.from_array(mask.array[::apart], query_block=mask.query_block, key_block=mask.key_block)
+    return dataclasses.replace(case, num_queries=num_queries, block_mask=mask)
+
+
+def path(case):
+    """What of a case decides which code runs on the CPU: two that agree in it differ in numbers only."""
+    chunks, tail = divmod(case.num_keys, CHUNK)
+    kinds = (case.scores, case.key_length is not None, case.block_mask is not None, case.head_dim.bit_count() == 1)
+    return *kinds, case.num_queries == 1, min(chunks, 2), tail == 0
+
+
+def one_of_each_path():
+    """The longest of the cases beyond the edges; the command ``python -m pallas_kernels.conformance`` runs them all."""
+    named = [(group, case) for group, cases in CASES.items() if group != "edges" for case in cases]
+    longest = {path(case): (group, case) for group, case in sorted(named, key=lambda pair: pair[1].num_keys)}
+    for group, case in longest.values():
+        yield group, shortened(case.shrunk(heads=1, batch=min(case.batch, 2))), "float32"
+
+
+CHECKED = [
+    *(("edges", case.shrunk(heads=1), dtype) for case in CASES["edges"] for dtype in ("float32", "bfloat16")),
+    *one_of_each_path(),
 ]
 
 
-@pytest.mark.parametrize(("group", "case"), NAMED, ids=lambda x: x.name if isinstance(x, Case) else x)
+@pytest.mark.parametrize(("group", "case", "dtype"), CHECKED, ids=lambda x: x.name if isinstance(x, Case) else x)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_every_case_conforms(implementation, group, case):
-    scores = case.num_queries * case.num_keys
-    if implementation == "reference" and scores > 2**24:
-        case = case.shrunk(batch=1)
-    for dtype in ("float32", "bfloat16") if scores <= 2**21 else ("float32",):
-        line = conformance.check(implementation, case, dtype, group=group)
-        assert line.passed, line
+def test_every_edge_and_every_path_conforms(implementation, group, case, dtype):
+    line = conformance.check(implementation, case, dtype, group=group)
+    assert line.passed, line
 
 
+# One token; a query tile that is no power of two; one product per key tile, and two; several key tiles; several of
+# queries, too, with all keys of the last scale.
+SIDES = (1, 6, 12, 16, 24, 64)
 INTERPRETED = [
     *((case, "float32") for case in CASES["edges"]),
-    *((case.shrunk(heads=1, batch=1), "bfloat16") for case in CASES["infinity"]),
+    *(
+        (shortened(case.shrunk(heads=1, batch=1), 1100), "bfloat16")
+        for side, case in zip(INFINITY_SIDES, CASES["infinity"], strict=True)
+        if side in SIDES
+    ),
 ]
 
 
@@ -197,8 +228,8 @@ def test_the_command_fails_when_a_bound_is_missed(monkeypatch):
         (["--implementations", "flash"], "flash"),
         (["--cases", "all"], "all"),
         (["--heads", "0"], "--heads 0"),
-        (["--json", "/"], "--json /: "),
-        (["--json", "/proc/none/table.json"], "--json /proc/none/table.json: cannot be written"),
+        (["--json", "/"], "--json: /: is a directory"),
+        (["--json", "/proc/none/table.json"], "/proc/none/table.json: /proc is not writable"),
         (["--implementations", "xla", "--interpret"], "--interpret: must come with"),
     ],
 )

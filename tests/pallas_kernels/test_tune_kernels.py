@@ -119,7 +119,7 @@ def test_a_configuration_that_hangs_is_named_on_disk_in_every_stage(tune, monkey
         return Timing("wall", {name: [1.0] for name in runs})
 
     monkeypatch.setattr(tune.jax, "jit", lambda function: Program())
-    monkeypatch.setattr(tune, "draw", lambda case, dtype: (1.0,))
+    monkeypatch.setattr(Case, "draw_on_device", lambda case, dtype: (1.0,))
     monkeypatch.setattr(tune, "measure", timed)
     log = tune.Log(path, "triton")
     assert path.is_file()
