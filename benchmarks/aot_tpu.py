@@ -104,8 +104,8 @@ def model_programs(target: str, scales: Iterable[int] = (6, 12)) -> Iterator[Pro
     mesh = tpu_mesh(TPU_SINGLE_HOST[target])
     card = PRESETS["infinity-2b"].with_precision("fast")
     config = dataclasses.replace(card.transformer, attention=("mosaic_tpu",))
-    plan = make_plan(card.schedule("1:1", "1M"), Sampling(), Dense())
-    jitted = jax.jit(scale_step, static_argnames=("plan", "scale"), donate_argnums=2)
+    plan = make_plan(card.schedule("1:1", "1M"), Sampling(), Dense(), num_layers=config.num_layers)
+    jitted = jax.jit(scale_step, static_argnames="step", donate_argnums=2)
 
     def arguments(scale: int):
         transformer = as_loaded(nnx.eval_shape(lambda: Infinity(config, rngs=nnx.Rngs(0))))
@@ -113,12 +113,12 @@ def model_programs(target: str, scales: Iterable[int] = (6, 12)) -> Iterator[Pro
             lambda: Text(jnp.zeros((1, 512, config.text_width), jnp.float32), jnp.zeros((1,), jnp.int32))
         )
         condition = jax.eval_shape(lambda model, text: condition_on(model, text, guided=True), transformer, text)
-        state = jax.eval_shape(lambda model: initial_state(model, plan, 1), transformer)
+        state = jax.eval_shape(lambda model: initial_state(model, plan.step(0), 1), transformer)
         sampling = jax.eval_shape(lambda: Sampling().for_scales(len(plan.scales)))
         keys = jax.eval_shape(lambda: jax.random.key(0)[None])
         for before in range(scale):
             state, *_ = jax.eval_shape(
-                lambda *given, before=before: scale_step(*given, plan=plan, scale=before),
+                lambda *given, before=before: scale_step(*given, step=plan.step(before)),
                 *(transformer, condition, state, sampling, keys),
             )
         return placed((transformer, condition, state, sampling, keys), mesh)
@@ -127,7 +127,7 @@ def model_programs(target: str, scales: Iterable[int] = (6, 12)) -> Iterator[Pro
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             given = arguments(scale)
         # One kernel for the attention over the cache, one for that over the text; layers are a loop.
-        return tpu_facts(compile_for(mesh, jitted, *given, plan=plan, scale=scale), kernels=2)
+        return tpu_facts(compile_for(mesh, jitted, *given, step=plan.step(scale)), kernels=2)
 
     for scale in scales:
         side = int(np.sqrt(CASES["infinity"][scale].num_queries))

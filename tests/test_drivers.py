@@ -21,7 +21,13 @@ def drivers():
 
 
 def plan(guidance: float = 2.0, stop_after: int | None = None):
-    return make_plan(CARD.schedule("1:1", None), Sampling(guidance), Dense(), stop_after=stop_after)
+    return make_plan(
+        CARD.schedule("1:1", None),
+        Sampling(guidance),
+        Dense(),
+        num_layers=CARD.transformer.num_layers,
+        stop_after=stop_after,
+    )
 
 
 def tokens(batch: int) -> TokenArrays:
@@ -38,11 +44,11 @@ NUMBERS = Sampling(2.0, 1.0, 0, 1.0)
 
 def test_pieces_are_compiled_once_and_reused(drivers):
     numbers = NUMBERS.for_scales(SCALES)
-    first = drivers.stepwise(tokens(1), keys(1), numbers, plan())
+    (first,) = drivers.stepwise(tokens(1), keys(1), numbers, plan())
     pieces = SCALES + 3  # the text, the empty state and the decoder
     assert drivers.num_executables == pieces
     spent = dict(drivers.seconds)
-    again = drivers.stepwise(tokens(1), keys(1), numbers, plan())
+    (again,) = drivers.stepwise(tokens(1), keys(1), numbers, plan())
     assert drivers.num_executables == pieces
     assert drivers.seconds["compile"] == spent["compile"] > 0
     assert all(drivers.seconds[part] > spent[part] for part in ("text", "transformer", "decoder"))
@@ -57,7 +63,7 @@ def test_pieces_are_compiled_once_and_reused(drivers):
 
 def test_another_batch_size_is_another_program(drivers):
     before = drivers.num_executables
-    drawn = drivers.stepwise(tokens(2), keys(2), NUMBERS.for_scales(SCALES), plan(stop_after=1))
+    (drawn,) = drivers.stepwise(tokens(2), keys(2), NUMBERS.for_scales(SCALES), plan(stop_after=1))
     assert drivers.num_executables == before + 4
     assert drawn.certainty.shape == (2, 1)
     assert np.all((np.asarray(drawn.certainty) >= 0.5) & (np.asarray(drawn.certainty) <= 1))
@@ -65,7 +71,7 @@ def test_another_batch_size_is_another_program(drivers):
 
 def test_one_program_and_one_program_per_scale_draw_the_same(drivers):
     arguments = (tokens(1), keys(1), NUMBERS.for_scales(SCALES), plan())
-    stepwise, fused = drivers.stepwise(*arguments), drivers.fused(*arguments)
+    (stepwise,), fused = drivers.stepwise(*arguments), drivers.fused(*arguments)
     assert all(np.array_equal(a, b) for a, b in zip(stepwise.bits, fused.bits, strict=True))
     np.testing.assert_allclose(stepwise.images, fused.images, atol=1e-5)
     np.testing.assert_allclose(stepwise.certainty, fused.certainty, rtol=1e-5)
@@ -78,7 +84,7 @@ def test_the_cache_is_handed_on_in_place(drivers, monkeypatch):
     def spy(self, part, key, function, arguments, **options):
         state = arguments[2] if options.get("donate") else None
         if state is not None:
-            received.append((state.cache.keys, state.cache.keys.unsafe_buffer_pointer()))
+            received.append((state.memory[0].cache.keys, state.memory[0].cache.keys.unsafe_buffer_pointer()))
         return run(self, part, key, function, arguments, **options)
 
     monkeypatch.setattr(Drivers, "_run", spy)
@@ -90,14 +96,14 @@ def test_the_cache_is_handed_on_in_place(drivers, monkeypatch):
 
 def test_a_failed_step_leaves_the_drivers_usable(drivers):
     arguments = (tokens(1), keys(1), NUMBERS.for_scales(SCALES), plan())
-    whole = drivers.stepwise(*arguments)
+    (whole,) = drivers.stepwise(*arguments)
 
     def stop(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         drivers.stepwise(*arguments, stop)
-    assert jnp.array_equal(drivers.stepwise(*arguments).images, whole.images)
+    assert jnp.array_equal(drivers.stepwise(*arguments)[0].images, whole.images)
 
 
 def test_rows_of_chosen_images_keep_their_order():

@@ -30,6 +30,7 @@ from . import tiny
 SCALES = 3
 SCHEDULE = ScaleSchedule.of("1:1", SCALES)
 BITS = tiny.TRANSFORMER.token_bits
+LAYERS = tiny.TRANSFORMER.num_layers
 LATENTS_TOLERANCE = 1e-5
 
 
@@ -96,17 +97,17 @@ def test_the_model_is_neither_constant_nor_noise(four):
 
 def test_stepwise_and_fused_give_the_same_bits(model, four):
     transformer, text, keys, sampling = model.transformer, tiny.text(), tiny.keys(), per_scale()
-    plan = make_plan(SCHEDULE, Sampling(), Dense())
-    step = jax.jit(advance, static_argnames=("plan", "scale"), donate_argnames="state")
+    plan = make_plan(SCHEDULE, Sampling(), Dense(), num_layers=LAYERS)
+    step = jax.jit(advance, static_argnames="step", donate_argnames="state")
     condition = jax.jit(functools.partial(condition_on, guided=True))(transformer, text)
-    state = initial_state(transformer, plan, 4)
-    assert state.cache.keys.shape[1:3] == (8, SCHEDULE.offsets[-2])
+    state = initial_state(transformer, plan.step(0), 4)
+    assert state.memory[0].cache.keys.shape[1:3] == (8, SCHEDULE.offsets[-2])
     bits = []
     for k in range(plan.num_run):
         uniforms = draw_uniforms(keys, k, SCHEDULE.token_counts[k], BITS)
         before = state
-        state, trace = step(transformer, condition, state, sampling, uniforms, plan=plan, scale=k)
-        assert before.cache.keys.is_deleted(), "the cache is donated, not copied"
+        state, trace = step(transformer, condition, state, sampling, uniforms, step=plan.step(k))
+        assert before.memory[0].cache.keys.is_deleted(), "the cache is donated, not copied"
         bits.append(trace.bits)
     assert_same_bits(bits, four.bits)
     np.testing.assert_allclose(state.latents, four.latents, rtol=0, atol=LATENTS_TOLERANCE)
@@ -114,18 +115,18 @@ def test_stepwise_and_fused_give_the_same_bits(model, four):
 
 
 def test_the_last_scale_writes_no_cache(model):
-    plan = make_plan(SCHEDULE, Sampling(), Dense(), stop_after=2)
-    assert plan.cache_length == 1
+    plan = make_plan(SCHEDULE, Sampling(), Dense(), num_layers=LAYERS, stop_after=2)
+    assert plan.cache_lengths == (1,)
     transformer, text = model.transformer, tiny.text(1)
     condition = condition_on(transformer, text, guided=True)
-    state = initial_state(transformer, plan, 1)
+    state = initial_state(transformer, plan.step(0), 1)
     for k in range(2):
         uniforms = jnp.full((1, SCHEDULE.token_counts[k], BITS), 0.5, jnp.float32)
         before = state
-        step = jax.jit(advance, static_argnames=("plan", "scale"))
-        state, _ = step(transformer, condition, state, per_scale(), uniforms, plan=plan, scale=k)
-    np.testing.assert_array_equal(state.cache.keys, before.cache.keys)
-    assert np.asarray(state.cache.keys).any()
+        step = jax.jit(advance, static_argnames="step")
+        state, _ = step(transformer, condition, state, per_scale(), uniforms, step=plan.step(k))
+    np.testing.assert_array_equal(state.memory[0].cache.keys, before.memory[0].cache.keys)
+    assert np.asarray(state.memory[0].cache.keys).any()
 
 
 def test_outside_of_jit_it_does_the_same(model, four):
@@ -207,11 +208,11 @@ def test_a_negative_prompt_takes_the_place_of_the_unconditional_text(model, four
 
 def test_guidance_of_one_runs_the_conditional_rows_only(model):
     text, keys = tiny.text(), tiny.keys()
-    assert make_plan(SCHEDULE, Sampling(3.0), Dense()).guided
-    assert make_plan(SCHEDULE, Sampling([1.0, 1.0, 1.5]), Dense()).guided
-    plan = make_plan(SCHEDULE, Sampling(1.0), Dense())
+    assert make_plan(SCHEDULE, Sampling(3.0), Dense(), num_layers=LAYERS).guided
+    assert make_plan(SCHEDULE, Sampling([1.0, 1.0, 1.5]), Dense(), num_layers=LAYERS).guided
+    plan = make_plan(SCHEDULE, Sampling(1.0), Dense(), num_layers=LAYERS)
     assert not plan.guided
-    assert initial_state(model.transformer, plan, 4).cache.keys.shape[1] == 4
+    assert initial_state(model.transformer, plan.step(0), 4).memory[0].cache.keys.shape[1] == 4
     unguided = jax.jit(lambda m, t, k: _generate(m, t, k, Sampling(1.0)))(model, text, keys)
     assert_same_bits(unguided.bits, compiled(model, text, keys, numbers(1.0)).bits)
 
@@ -262,14 +263,14 @@ def test_forced_bits_are_taken_as_they_are(model, four):
 def test_fast_precision_is_close(model):
     """bfloat16 scores differ by its rounding, relative to their spread (measured: see the bound)."""
     text = tiny.text(2)
-    plan = make_plan(SCHEDULE, Sampling(), Dense(), stop_after=1)
+    plan = make_plan(SCHEDULE, Sampling(), Dense(), num_layers=LAYERS, stop_after=1)
 
     @jax.jit
     def scores(transformer):
         condition = condition_on(transformer, text, guided=True)
-        state = initial_state(transformer, plan, 2)
+        state = initial_state(transformer, plan.step(0), 2)
         uniforms = jnp.full((2, 1, BITS), 0.5, jnp.float32)
-        return advance(transformer, condition, state, per_scale(), uniforms, plan=plan, scale=0)[1].raw_scores
+        return advance(transformer, condition, state, per_scale(), uniforms, step=plan.step(0))[1].raw_scores
 
     exact = scores(model.transformer)
     fast = scores(tiny.with_config(model.transformer, precision="fast"))
@@ -282,7 +283,8 @@ def test_fast_precision_runs_whole_batches(model):
     fast = model._replace(transformer=tiny.with_config(model.transformer, precision="fast"))
     result = compiled(fast, tiny.text(2), tiny.keys(2), numbers(), stop_after=2)
     assert np.isfinite(result.images).all()
-    assert initial_state(fast.transformer, make_plan(SCHEDULE, Sampling(), Dense()), 1).cache.keys.dtype == jnp.bfloat16
+    plan = make_plan(SCHEDULE, Sampling(), Dense(), num_layers=LAYERS)
+    assert initial_state(fast.transformer, plan.step(0), 1).memory[0].cache.keys.dtype == jnp.bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -294,8 +296,8 @@ def large_tokens():
 
 def _arrive_at(scale, schedule, transformer):
     """The state in which ``scale`` is reached, without what the scales before would have drawn."""
-    plan = make_plan(schedule, Sampling(), Dense())
-    state = initial_state(transformer, plan, 1)
+    plan = make_plan(schedule, Sampling(), Dense(), num_layers=transformer.config.num_layers)
+    state = initial_state(transformer, plan.step(0), 1)
     inputs = jnp.full((1, schedule.token_counts[scale], transformer.config.token_bits), 0.2, jnp.float32)
     return plan, state._replace(inputs=inputs)
 
@@ -307,8 +309,8 @@ def test_every_aspect_ratio_runs(large_tokens, ratio):
     schedule = ScaleSchedule.of(ratio, 4, latent_per_token=2)
     plan, state = _arrive_at(2, schedule, transformer)
     uniforms = draw_uniforms(tiny.keys(1), 2, schedule.token_counts[2], 32)
-    step = jax.jit(advance, static_argnames=("plan", "scale"))
-    after, trace = step(transformer, condition, state, Sampling().for_scales(4), uniforms, plan=plan, scale=2)
+    step = jax.jit(advance, static_argnames="step")
+    after, trace = step(transformer, condition, state, Sampling().for_scales(4), uniforms, step=plan.step(2))
     (rows, columns), (height, width) = schedule.grids[2:]
     assert trace.bits.shape == (1, rows * columns, 32)
     assert after.latents.shape == (1, 2 * height, 2 * width, tiny.TRANSFORMER.latent_channels)
@@ -323,33 +325,34 @@ def test_every_aspect_ratio_fits_together_up_to_the_last_of_thirteen_scales(larg
     transformer, condition = large_tokens
     schedule = ScaleSchedule.for_budget(ratio, "1M", latent_per_token=2)
     for k in (11, 12):
-        plan = make_plan(schedule, Sampling(), Dense())
+        plan = make_plan(schedule, Sampling(), Dense(), num_layers=transformer.config.num_layers)
         state = jax.eval_shape(lambda k=k: _arrive_at(k, schedule, transformer)[1])
         uniforms = jax.ShapeDtypeStruct((1, schedule.token_counts[k], 32), jnp.float32)
-        step = functools.partial(advance, plan=plan, scale=k)
+        step = functools.partial(advance, step=plan.step(k))
         after, _ = jax.eval_shape(step, transformer, condition, state, Sampling().for_scales(13), uniforms)
         assert after.inputs.shape[1] == (schedule.token_counts[k + 1] if k < 12 else 0)
-        assert jax.tree.map(jnp.shape, after.cache) == jax.tree.map(jnp.shape, state.cache)
+        assert jax.tree.map(jnp.shape, after.memory) == jax.tree.map(jnp.shape, state.memory)
 
 
 def test_a_plan_prints_as_a_table_and_as_json():
-    plan = Dense().plan(ScaleSchedule.of("4:3", 4), guided=True, stop_after=3)
+    plan = Dense().plan(ScaleSchedule.of("4:3", 4), num_layers=4, guided=True, stop_after=3)
     lines = str(plan).splitlines()
     assert lines[0] == "policy dense, 128x96 pixels, aspect ratio 4:3"
     assert len(lines) == 2 + 4
     assert lines[3].split() == ["2", "2x2", "4", "1", "both"]
     assert lines[5].split()[-1] == "skipped"
     described = plan.as_dict()
-    assert described["scales"][2] == {"grid": [4, 3], "tokens": 12, "run": True, "guided": True}
+    group = {"start": 0, "stop": 4, "kept": 12, "weight": 0.0}
+    assert described["scales"][2] == {"grid": [4, 3], "tokens": 12, "run": True, "guided": True, "groups": [group]}
     assert (described["height"], described["width"], described["guidance_at"]) == (128, 96, [0])
     assert not described["scales"][3]["run"]
 
 
 def test_equal_plans_share_their_executables():
-    first, second = (Dense().plan(ScaleSchedule.of("4:3", 4)) for _ in range(2))
+    first, second = (Dense().plan(ScaleSchedule.of("4:3", 4), num_layers=4) for _ in range(2))
     assert first == second
     assert hash(first) == hash(second)
-    assert first != Dense().plan(ScaleSchedule.of("4:3", 4), guided=False)
+    assert first != Dense().plan(ScaleSchedule.of("4:3", 4), num_layers=4, guided=False)
 
 
 def test_text_is_encoded_from_token_ids(model):

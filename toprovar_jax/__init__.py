@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from toprovar_jax.acceleration import POLICIES, Dense
+    from toprovar_jax.acceleration import POLICIES, Dense, FixedPlan, GenerationPlan, ToProVAR
     from toprovar_jax.errors import UserInputError
     from toprovar_jax.generation import Generation, InfinityModel, Text, encode_text, generate
     from toprovar_jax.hub import list_models
@@ -26,6 +26,9 @@ __version__ = "0.1.0"
 _WHERE = {
     "POLICIES": "acceleration",
     "Dense": "acceleration",
+    "FixedPlan": "acceleration",
+    "GenerationPlan": "acceleration",
+    "ToProVAR": "acceleration",
     "UserInputError": "errors",
     "Generation": "generation",
     "InfinityModel": "generation",
@@ -41,12 +44,15 @@ _WHERE = {
 __all__ = [
     "POLICIES",
     "Dense",
+    "FixedPlan",
     "Generation",
+    "GenerationPlan",
     "InfinityModel",
     "InfinityPipeline",
     "Sampling",
     "ScaleSchedule",
     "Text",
+    "ToProVAR",
     "UserInputError",
     "encode_text",
     "generate",

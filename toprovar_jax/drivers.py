@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from toprovar_jax.acceleration.budgets import padded_sizes
 from toprovar_jax.acceleration.plan import GenerationPlan
+from toprovar_jax.acceleration.statistics import ScaleStatistics
 from toprovar_jax.generation import (
     InfinityModel,
+    State,
     condition_on,
     encode_text,
     initial_state,
@@ -19,11 +23,18 @@ from toprovar_jax.generation import (
     scale_step,
 )
 from toprovar_jax.model.text_conditioning import TextCondition
+from toprovar_jax.regroup import partition, take_images
 from toprovar_jax.sampling import ScaleSampling
 from toprovar_jax.shapes import Array, Float, Key, UInt8
 
 OnScaleEnd = Callable[[int, int, dict[str, Any]], object]
 """``(index, num_scales, info)`` after every scale; ``info`` holds ``grid``, ``seconds`` and the summed ``latents``."""
+
+Replan = Callable[[GenerationPlan, int, Sequence[ScaleStatistics]], GenerationPlan]
+"""See :meth:`toprovar_jax.acceleration.plan.AdaptivePolicy.replan`."""
+
+
+AnyArray = Array | np.ndarray
 
 
 class TokenArrays(NamedTuple):
@@ -40,15 +51,40 @@ class TokenArrays(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """One batch's result: pictures ``[B, h, w, 3]``, bits per scale ``[B, T, Z]``, certainty ``[B, scales]``."""
+    """The result for some images that went by one plan.
 
-    images: Float[Array, "B h w 3"]
-    bits: tuple[UInt8[Array, "B T Z"], ...]
-    certainty: Float[Array, "B scales"]
+    Attributes:
+      images: pictures ``[B, h, w, 3]``.
+      bits: per computed scale, ``[B, T, Z]``.
+      certainty: ``[B, scales]``.
+      statistics: per computed scale.
+      plan: what was run.
+      indices: which images of the batch these are.
+    """
+
+    images: Float[AnyArray, "B h w 3"]
+    bits: tuple[UInt8[AnyArray, "B T Z"], ...]
+    certainty: Float[AnyArray, "B scales"]
+    statistics: tuple[ScaleStatistics, ...]
+    plan: GenerationPlan
+    indices: tuple[int, ...]
+
+
+class _Party(NamedTuple):
+    """Images that have gone by the same plan so far; rows beyond ``indices`` are padding."""
+
+    plan: GenerationPlan
+    indices: tuple[int, ...]
+    condition: TextCondition
+    state: State
+    keys: Key[Array, " B"]
+    bits: tuple[np.ndarray, ...]
+    certainty: tuple[np.ndarray, ...]
+    statistics: tuple[ScaleStatistics, ...]
 
 
 class Drivers:
-    """Compiles every piece of a generation once per plan and batch size, and runs it.
+    """Compiles every piece of a generation once per step of a plan and batch size, and runs it.
 
     The pieces are the text (encoder and conditioning), the scales (one executable each, or all in one), and the
     decoder. Everything that is not static (guidance, temperature, top-p, keys, token ids) is an argument.
@@ -74,63 +110,208 @@ class Drivers:
         sampling: ScaleSampling,
         plan: GenerationPlan,
         on_scale_end: OnScaleEnd | None = None,
-    ) -> Drawn:
-        """One executable per scale, called from the host; ``on_scale_end`` may stop it by raising."""
-        condition = self._condition(tokens, plan)
+        *,
+        replan: Replan | None = None,
+    ) -> list[Drawn]:
+        """One executable per scale, called from the host; ``on_scale_end`` may stop it by raising.
+
+        Where ``plan`` has alternatives, ``replan`` picks one for each image. Images that pick differently go on apart,
+        in batches padded to a power of two: none waits for another, none is computed more densely than it needs, and
+        the sizes that have to be compiled are few. (A mask inside one batch would have to be as wide as its densest
+        image.) The results come in one entry per way that images went.
+        """
         batch = keys.shape[0]
-        transformer = self.model.transformer
-        state = self._run("transformer", ("state", plan, batch), initial_state, (transformer,), plan=plan, batch=batch)
-        bits, certainty = [], []
-        for scale in range(plan.num_run):
-            start = time.perf_counter()
-            compiled_before = self.seconds["compile"]
-            arguments = (transformer, condition, state, sampling, keys)
-            state, drawn, sure = self._run(
-                "transformer", (scale, plan, batch), scale_step, arguments, donate=(2,), plan=plan, scale=scale
-            )
-            bits.append(drawn)
-            certainty.append(np.asarray(sure))
-            if on_scale_end is not None:
-                seconds = time.perf_counter() - start - (self.seconds["compile"] - compiled_before)
-                info = {"grid": plan.scales[scale].grid, "seconds": seconds, "latents": np.asarray(state.latents)}
-                on_scale_end(scale, plan.num_run, info)
-        return Drawn(self._decode(state.latents), tuple(bits), jax.numpy.asarray(np.stack(certainty, axis=1)))
+        condition = self._condition(tokens, plan)
+        first = plan.step(0)
+        state = self._run("transformer", "state", initial_state, (self.model.transformer,), step=first, batch=batch)
+        waiting = [_Party(plan, tuple(range(batch)), condition, state, keys, (), (), ())]
+        finished = []
+        scale = 0
+        while waiting:
+            split = [part for party in waiting for part in self._part_ways(party, scale, batch, replan)]
+            finished += [party for party in split if party.plan.num_run <= scale]
+            waiting = [
+                self._next(party, scale, sampling, on_scale_end) for party in split if party.plan.num_run > scale
+            ]
+            scale += 1
+        return [self._finish(party) for party in finished]
 
     def fused(
         self, tokens: TokenArrays, keys: Key[Array, " B"], sampling: ScaleSampling, plan: GenerationPlan
     ) -> Drawn:
-        """All scales in one executable."""
+        """All scales in one executable; for plans without alternatives."""
         arguments = (self.model.transformer, self._condition(tokens, plan), keys, sampling)
-        latents, bits, certainty = self._run(
-            "transformer", ("scales", plan, keys.shape[0]), run_scales, arguments, plan=plan
+        latents, bits, certainty, statistics = self._run("transformer", "scales", run_scales, arguments, plan=plan)
+        everything = tuple(range(keys.shape[0]))
+        return Drawn(self._decode(latents), bits, certainty, jax.device_get(statistics), plan, everything)
+
+    def prepare(
+        self, tokens: TokenArrays, keys: Key[Array, " B"], sampling: ScaleSampling, plan: GenerationPlan
+    ) -> None:
+        """Compile what :meth:`stepwise` needs for a batch like this one whatever its images pick; nothing is run."""
+        batch = keys.shape[0]
+        transformer = self.model.transformer
+        text = (self.model, *self._token_arguments(tokens, plan))
+        conditions = {batch: self._compiled(("text", plan.guided), self._condition_step(plan), text)[1]}
+        empty = self._compiled("state", initial_state, (transformer,), step=plan.step(0), batch=batch)[1]
+        states = {(batch, 0): empty}
+        for scale in range(plan.num_run):
+            self._compile_scale(plan, scale, states, conditions, keys, sampling)
+            if scale + 1 in plan.decisions:
+                self._compile_parting(plan, scale + 1, states, conditions, keys)
+                for other in plan.alternatives:
+                    if other.branches_at == scale + 1:
+                        branch = {key: state for key, state in states.items() if key[1] == scale + 1}
+                        for later in range(scale + 1, other.num_run):
+                            self._compile_scale(other, later, branch, conditions, keys, sampling)
+        latents = (*plan.schedule.latent_grids[-1], transformer.config.latent_channels)
+        for size in conditions:
+            shape = jax.ShapeDtypeStruct((size, *latents), np.float32)
+            self._compiled("decode", _decode, (self.model.image_tokenizer, shape))
+
+    def _compile_scale(self, plan, scale, states, conditions, keys, sampling) -> None:
+        for size in [size for size, reached in states if reached == scale]:
+            arguments = (
+                self.model.transformer,
+                conditions[size],
+                states[size, scale],
+                sampling,
+                _keys_like(keys, size),
+            )
+            _, result = self._compiled("scale", scale_step, arguments, donate=(2,), step=plan.step(scale))
+            states[size, scale + 1] = result[0]
+
+    def _compile_parting(self, plan, scale, states, conditions, keys) -> None:
+        batch = max(conditions)
+        if batch == 1:
+            return
+        for before in [size for size, reached in states if reached == scale]:
+            for after in padded_sizes(batch):
+                if after <= before:
+                    rows = jax.ShapeDtypeStruct((after,), np.int32)
+                    whole = (conditions[before], states[before, scale], _keys_like(keys, before))
+                    _, (condition, state, _) = self._compiled("part", take_images, (whole, rows))
+                    conditions.setdefault(after, condition)
+                    states.setdefault((after, scale), state)
+
+    def _part_ways(self, party: _Party, scale: int, batch: int, replan: Replan | None) -> list[_Party]:
+        """The party, or the smaller ones that its images form before ``scale``."""
+        if replan is None or scale not in party.plan.decisions:
+            return [party]
+        own = [[measured.image(row) for measured in party.statistics] for row in range(len(party.indices))]
+        picked = [replan(party.plan, scale, statistics) for statistics in own]
+        parts = partition(picked)
+        if len(parts) == 1:
+            return [party._replace(plan=picked[0])]
+        return [self._subset(party, plan, rows, batch) for plan, rows in parts]
+
+    def _subset(self, party: _Party, plan: GenerationPlan, rows: Sequence[int], batch: int) -> _Party:
+        size = next(size for size in padded_sizes(batch) if size >= len(rows))
+        padded = np.asarray([*rows, *[rows[-1]] * (size - len(rows))], np.int32)
+        whole = (party.condition, party.state, party.keys)
+        condition, state, keys = self._run("transformer", "part", take_images, (whole, padded))
+
+        def take(array):
+            return array[list(rows)]
+
+        return _Party(
+            plan,
+            tuple(party.indices[row] for row in rows),
+            condition,
+            state,
+            keys,
+            tuple(take(bits) for bits in party.bits),
+            tuple(take(sure) for sure in party.certainty),
+            tuple(ScaleStatistics(*map(take, measured)) for measured in party.statistics),
         )
-        return Drawn(self._decode(latents), bits, certainty)
+
+    def _next(self, party: _Party, scale: int, sampling: ScaleSampling, on_scale_end: OnScaleEnd | None) -> _Party:
+        """The party after its next scale."""
+        start, compiled_before = time.perf_counter(), self.seconds["compile"]
+        arguments = (self.model.transformer, party.condition, party.state, sampling, party.keys)
+        state, *results = self._run(
+            "transformer", "scale", scale_step, arguments, donate=(2,), step=party.plan.step(scale)
+        )
+        count = len(party.indices)
+        bits, sure, measured = jax.tree.map(lambda x: np.asarray(x)[:count], tuple(results))
+        if on_scale_end is not None:
+            seconds = time.perf_counter() - start - (self.seconds["compile"] - compiled_before)
+            info = {
+                "grid": party.plan.scales[scale].grid,
+                "seconds": seconds,
+                "latents": np.asarray(state.latents)[:count],
+                "images": party.indices,
+            }
+            on_scale_end(scale, party.plan.num_run, info)
+        return party._replace(
+            state=state,
+            bits=(*party.bits, bits),
+            certainty=(*party.certainty, sure),
+            statistics=(*party.statistics, measured),
+        )
+
+    def _finish(self, party: _Party) -> Drawn:
+        images = self._decode(party.state.latents)
+        if images.shape[0] > len(party.indices):
+            images = np.asarray(images)[: len(party.indices)]
+        certainty = np.stack(party.certainty, axis=1)
+        return Drawn(images, party.bits, certainty, party.statistics, party.plan, party.indices)
 
     def _condition(self, tokens: TokenArrays, plan: GenerationPlan) -> TextCondition:
+        arguments = (self.model, *self._token_arguments(tokens, plan))
+        return self._run("text", ("text", plan.guided), self._condition_step(plan), arguments)
+
+    def _condition_step(self, plan: GenerationPlan):
         def condition(model: InfinityModel, *arrays: Array) -> TextCondition:
             return condition_on(model.transformer, encode_text(model, *arrays), guided=plan.guided)
 
+        return condition
+
+    def _token_arguments(self, tokens: TokenArrays, plan: GenerationPlan) -> tuple:
         negative = tokens.negative_ids is not None and plan.guided
-        key = ("text", tokens.ids.shape, plan.guided, negative)
-        arrays = tuple(tokens) if negative else (tokens.ids, tokens.lengths)
-        return self._run("text", key, condition, (self.model, *arrays))
+        return tuple(tokens) if negative else (tokens.ids, tokens.lengths)
 
     def _decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B out_h out_w 3"]:
-        def decode(tokenizer, latents: Array) -> Array:
-            return tokenizer.decode(latents)
-
-        return self._run("decoder", ("decode", latents.shape), decode, (self.model.image_tokenizer, latents))
+        return self._run("decoder", "decode", _decode, (self.model.image_tokenizer, latents))
 
     def _run(
-        self, part: str, key: Hashable, function, arguments: tuple, *, donate: tuple[int, ...] = (), **static: Any
+        self, part: str, kind: Hashable, function, arguments: tuple, *, donate: tuple[int, ...] = (), **static: Any
     ) -> Any:
-        """Call the executable of ``key``, compiled at first use; time goes to ``part`` and to ``compile``."""
+        """Call the executable, compiled at first use; time goes to ``part`` and to ``compile``."""
+        executable, _ = self._compiled(kind, function, arguments, donate=donate, **static)
         start = time.perf_counter()
-        if key not in self._executables:
-            jitted = jax.jit(function, donate_argnums=donate, static_argnames=tuple(static))
-            self._executables[key] = jitted.lower(*arguments, **static).compile()
-            self.seconds["compile"] += time.perf_counter() - start
-            start = time.perf_counter()
-        result = jax.block_until_ready(self._executables[key](*arguments))
+        result = jax.block_until_ready(executable(*arguments))
         self.seconds[part] += time.perf_counter() - start
         return result
+
+    def _compiled(
+        self, kind: Hashable, function, arguments: tuple, *, donate: tuple[int, ...] = (), **static: Any
+    ) -> tuple[Any, Any]:
+        """The executable for arguments of these shapes, and the shapes of what it returns."""
+        # The networks are the same in every call; hashing their shapes each time would be most of the work.
+        own = {id(network) for network in (self.model, *self.model)}
+        shapes = tuple(
+            (leaf.shape, leaf.dtype)
+            for argument in arguments
+            if id(argument) not in own
+            for leaf in jax.tree.leaves(argument)
+        )
+        key = (kind, shapes, tuple(sorted(static.items(), key=lambda item: item[0])))
+        if key not in self._executables:
+            start = time.perf_counter()
+            jitted = jax.jit(function, donate_argnums=donate, static_argnames=tuple(static))
+            traced = jitted.trace(*arguments, **static)
+            with warnings.catch_warnings():
+                # The state is donated for its cache; its maps and inputs have another size at every scale.
+                warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+                self._executables[key] = (traced.lower().compile(), traced.out_info)
+            self.seconds["compile"] += time.perf_counter() - start
+        return self._executables[key]
+
+
+def _decode(tokenizer, latents: Float[Array, "B h w C"]) -> Float[Array, "B out_h out_w 3"]:
+    return tokenizer.decode(latents)
+
+
+def _keys_like(keys: Key[Array, " B"], size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size,), keys.dtype)

@@ -16,12 +16,16 @@ from jax.core import Tracer
 
 from pallas_kernels.varying import as_varying
 from toprovar_jax.acceleration.dense import Dense
+from toprovar_jax.acceleration.entropy import salient_share, spectrum_ratio
 from toprovar_jax.acceleration.plan import AccelerationPolicy, GenerationPlan
+from toprovar_jax.acceleration.statistics import ScaleStatistics
+from toprovar_jax.acceleration.step import ScaleStep
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.image_tokenizer.autoencoder import ImageTokenizer
 from toprovar_jax.image_tokenizer.bsq import bits_to_codes, next_scale_input, tokens_to_bits
 from toprovar_jax.image_tokenizer.resize import resize_bilinear
-from toprovar_jax.model.kv_cache import KVCache
+from toprovar_jax.model.layer_memory import LayerMemory, empty_memory
+from toprovar_jax.model.scale_layers import GroupTrace
 from toprovar_jax.model.text_conditioning import TextCondition
 from toprovar_jax.model.transformer import Infinity
 from toprovar_jax.sampling import Sampling, ScaleSampling, bit_probability, draw_uniforms, guide, sample_bits
@@ -66,25 +70,26 @@ class Generation(NamedTuple):
       images: float32 ``[B, h, w, 3]`` in [0, 1].
       bits: per computed scale, uint8 ``[B, T, Z]``.
       latents: summed codes, the decoder's input, float32 ``[B, h, w, C]``.
-      statistics: ``certainty``: mean probability of the value drawn being the likelier one, ``[B, scales]``.
+      statistics: ``certainty``: mean probability of the value drawn being the likelier one, ``[B, scales]``;
+        ``scales``: :class:`~toprovar_jax.acceleration.statistics.ScaleStatistics` of every computed scale.
     """
 
     images: Float[Array, "B h w 3"]
     bits: tuple[UInt8[Array, "B _ Z"], ...]
     latents: Float[Array, "B lat_h lat_w C"]
-    statistics: dict[str, Array]
+    statistics: dict[str, Any]
 
 
 class State(NamedTuple):
     """What one scale hands to the next; donated between steps.
 
     Attributes:
-      cache: keys and values so far.
+      memory: what the layers hand on: keys and values, and what pruning needs.
       latents: summed codes so far, at full size, ``[B, h, w, C]``.
       inputs: the next scale's transformer input, ``[B, T, Z]``; empty before the first scale and after the last.
     """
 
-    cache: KVCache
+    memory: LayerMemory
     latents: Float[Array, "B h w C"]
     inputs: Float[Array, "B T Z"]
 
@@ -98,6 +103,7 @@ class ScaleTrace(NamedTuple):
       raw_scores: head output of the rows that were run through it, ``[R, T, Z, 2]``.
       guided_scores: after temperature and guidance, before top-k and top-p, ``[B, T, Z, 2]``.
       certainty: ``[B]``.
+      statistics: what was measured of the layers.
     """
 
     bits: Array
@@ -105,6 +111,7 @@ class ScaleTrace(NamedTuple):
     raw_scores: Array
     guided_scores: Array
     certainty: Array
+    statistics: ScaleStatistics
 
 
 def encode_text(
@@ -141,12 +148,12 @@ def condition_on(transformer: Infinity, text: Text, *, guided: bool) -> TextCond
     return transformer.condition(features, lengths)
 
 
-def initial_state(transformer: Infinity, plan: GenerationPlan, batch: int) -> State:
-    """The state before the first scale."""
+def initial_state(transformer: Infinity, step: ScaleStep, batch: int) -> State:
+    """The state before ``step``, a plan's first one."""
     config = transformer.config
-    cache = transformer.new_cache(batch * (2 if plan.guided else 1), plan.cache_length)
-    latents = jnp.zeros((batch, *plan.schedule.latent_grids[-1], config.latent_channels), jnp.float32)
-    return State(cache, latents, jnp.zeros((batch, 0, config.token_bits), jnp.float32))
+    latents = jnp.zeros((batch, *step.schedule.latent_grids[-1], config.latent_channels), jnp.float32)
+    inputs = jnp.zeros((batch, 0, config.token_bits), jnp.float32)
+    return State(empty_memory(config, step, batch), latents, inputs)
 
 
 def advance(
@@ -156,9 +163,9 @@ def advance(
     sampling: ScaleSampling,
     uniforms: Float[Array, "B T Z"],
     *,
-    plan: GenerationPlan,
-    scale: int,
+    step: ScaleStep,
     forced: UInt8[Array, "B T Z"] | None = None,
+    selection_keys: Key[Array, " B"] | None = None,
 ) -> tuple[State, ScaleTrace]:
     """Compute one scale: transformer, head, bits, codes, next input.
 
@@ -166,29 +173,22 @@ def advance(
       transformer, condition, state: the model, the text, what the scales before left.
       sampling: as arrays (:meth:`Sampling.for_scales`).
       uniforms: one number per bit.
-      plan, scale: static.
+      step: which scale, and what of it is computed (:meth:`GenerationPlan.step`); static.
       forced: bits to take instead of sampled ones.
+      selection_keys: one key per image, for selections of tokens that draw.
     """
-    schedule, config = plan.schedule, transformer.config
-    last = scale == plan.num_run - 1
-    if scale == 0:
+    schedule, config = step.schedule, transformer.config
+    if step.scale == 0:
         tokens = transformer.start_tokens(condition)
     else:
         tokens = transformer.embed(state.inputs)
-        tokens = jnp.concatenate([tokens, tokens]) if plan.guided else tokens
-    guidance, tau = sampling.guidance[scale], sampling.tau[scale]
-    hidden, cache = transformer.run_scale(
-        tokens,
-        condition,
-        state.cache,
-        schedule,
-        scale,
-        write_cache=not last,
-        blend_after=plan.guided_blocks(config.num_layers) if plan.guided else (),
-        guidance=guidance,
+        tokens = jnp.concatenate([tokens, tokens]) if step.guided else tokens
+    guidance, tau = sampling.guidance[step.scale], sampling.tau[step.scale]
+    hidden, memory, traces = transformer.run_scale(
+        tokens, condition, state.memory, step, guidance=guidance, selection_keys=selection_keys
     )
     batch = state.latents.shape[0]
-    both = plan.guided and 0 in plan.guidance_at
+    both = step.guided and 0 in step.guidance_at
     rows = 2 * batch if both else batch
     raw = transformer.head(hidden[:rows], condition.head_modulation[:rows])
     scores = raw / tau
@@ -198,12 +198,28 @@ def advance(
     bits = sample_bits(probability, uniforms) if forced is None else forced
     certainty = jnp.mean(jnp.maximum(probability, 1.0 - probability), axis=(1, 2))
 
-    codes = bits_to_codes(tokens_to_bits(bits, schedule.grids[scale], config.spatial_patchify))
+    codes = bits_to_codes(tokens_to_bits(bits, step.grid, config.spatial_patchify))
     latents = state.latents + resize_bilinear(codes, schedule.latent_grids[-1])
     inputs = jnp.zeros((batch, 0, config.token_bits), jnp.float32)
-    if not last:
-        inputs = next_scale_input(latents, schedule, scale + 1)
-    return State(cache, latents, inputs), ScaleTrace(bits, hidden, raw, scores, certainty)
+    if not step.last:
+        inputs = next_scale_input(latents, schedule, step.scale + 1)
+    trace = ScaleTrace(bits, hidden, raw, scores, certainty, _statistics(traces, step))
+    return State(memory, latents, inputs), trace
+
+
+def _statistics(traces: Sequence[GroupTrace], step: ScaleStep) -> ScaleStatistics:
+    maps = jnp.concatenate([trace.maps for trace in traces])
+    layers, batch, _ = maps.shape
+    share = salient_share(jnp.mean(maps, axis=0)) if step.measures else jnp.full((batch,), jnp.nan, jnp.float32)
+    ratio = jnp.zeros((batch, 0), jnp.float32)
+    if step.spectrum is not None:
+        ratio = spectrum_ratio(maps, step.grid, center=step.spectrum == "centred")
+    if not step.observe:
+        return ScaleStatistics(
+            share, ratio, jnp.zeros((batch, layers, 0), jnp.float32), jnp.zeros((batch, layers, 0), jnp.bool_)
+        )
+    kept = jnp.concatenate([trace.kept for trace in traces])
+    return ScaleStatistics(share, ratio, maps.swapaxes(0, 1), kept.swapaxes(0, 1))
 
 
 def scale_step(
@@ -213,15 +229,15 @@ def scale_step(
     sampling: ScaleSampling,
     keys: Key[Array, " B"],
     *,
-    plan: GenerationPlan,
-    scale: int,
+    step: ScaleStep,
     forced: UInt8[Array, "B T Z"] | None = None,
-) -> tuple[State, UInt8[Array, "B T Z"], Float[Array, " B"]]:
-    """:func:`advance` with each image's own random numbers; returns the state, the bits and their certainty."""
-    bits = transformer.config.token_bits
-    uniforms = draw_uniforms(keys, scale, plan.schedule.token_counts[scale], bits)
-    state, trace = advance(transformer, condition, state, sampling, uniforms, plan=plan, scale=scale, forced=forced)
-    return state, trace.bits, trace.certainty
+) -> tuple[State, UInt8[Array, "B T Z"], Float[Array, " B"], ScaleStatistics]:
+    """:func:`advance` with each image's own random numbers: the state, the bits, their certainty, the statistics."""
+    uniforms = draw_uniforms(keys, step.scale, step.tokens, transformer.config.token_bits)
+    state, trace = advance(
+        transformer, condition, state, sampling, uniforms, step=step, forced=forced, selection_keys=keys
+    )
+    return state, trace.bits, trace.certainty, trace.statistics
 
 
 def run_scales(
@@ -232,18 +248,21 @@ def run_scales(
     *,
     plan: GenerationPlan,
     forced: Sequence[UInt8[Array, "B _ Z"]] = (),
-) -> tuple[Float[Array, "B h w C"], tuple[UInt8[Array, "B _ Z"], ...], Float[Array, "B scales"]]:
-    """All scales of a plan in one trace: summed codes, bits per scale, certainty per image and scale."""
-    state = as_varying(initial_state(transformer, plan, keys.shape[0]), (keys, condition, sampling))
-    bits, certainty = [], []
+) -> tuple[
+    Float[Array, "B h w C"], tuple[UInt8[Array, "B _ Z"], ...], Float[Array, "B scales"], tuple[ScaleStatistics, ...]
+]:
+    """All scales of a plan in one trace: summed codes, bits per scale, certainty per image and scale, statistics."""
+    state = as_varying(initial_state(transformer, plan.step(0), keys.shape[0]), (keys, condition, sampling))
+    bits, certainty, statistics = [], [], []
     for scale in range(plan.num_run):
         given = forced[scale] if scale < len(forced) else None
-        state, drawn, sure = scale_step(
-            transformer, condition, state, sampling, keys, plan=plan, scale=scale, forced=given
+        state, drawn, sure, measured = scale_step(
+            transformer, condition, state, sampling, keys, step=plan.step(scale), forced=given
         )
         bits.append(drawn)
         certainty.append(sure)
-    return state.latents, tuple(bits), jnp.stack(certainty, axis=1)
+        statistics.append(measured)
+    return state.latents, tuple(bits), jnp.stack(certainty, axis=1), tuple(statistics)
 
 
 def make_plan(
@@ -251,6 +270,7 @@ def make_plan(
     sampling: Sampling,
     policy: AccelerationPolicy,
     *,
+    num_layers: int,
     stop_after: int | None = None,
     guidance_at: Sequence[int] = (0,),
 ) -> GenerationPlan:
@@ -258,7 +278,13 @@ def make_plan(
     guidance = sampling.guidance
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(guidance))
     unguided = not traced and bool(np.all(np.asarray(guidance) == 1))
-    return policy.plan(schedule, guided=not unguided, stop_after=stop_after, guidance_at=tuple(guidance_at))
+    return policy.plan(
+        schedule,
+        num_layers=num_layers,
+        guided=not unguided,
+        stop_after=stop_after,
+        guidance_at=tuple(guidance_at),
+    )
 
 
 def generate(
@@ -290,20 +316,30 @@ def generate(
       Images in [0, 1], the bits of every scale, the summed codes, and statistics.
 
     Raises:
-      UserInputError: batches, widths or grids that do not agree; a plan that cannot be made.
+      UserInputError: batches, widths or grids that do not agree; a plan that cannot be made, or that is decided per
+        image, on the host.
 
     With ``precision="exact"`` images are computed one by one, so that the tokens of an image do not depend on what
     else is in its batch, down to the last bit.
     """
     check_shapes(model, text, keys, schedule, forced_bits)
-    plan = make_plan(schedule, sampling, policy, stop_after=stop_after, guidance_at=guidance_at)
+    layers = model.transformer.config.num_layers
+    plan = make_plan(schedule, sampling, policy, num_layers=layers, stop_after=stop_after, guidance_at=guidance_at)
+    if plan.alternatives:
+        raise UserInputError(
+            f"policy {plan.policy} that decides per image",
+            "cannot run inside a trace: it looks at each image between scales",
+            'fix its depth (ToProVAR(depth_rule="fixed", depth=...)), or use InfinityPipeline',
+        )
     numbers = sampling.for_scales(len(schedule))
 
     def run(text: Text, keys: Key[Array, " B"], forced: tuple[Array, ...]) -> Generation:
         condition = condition_on(model.transformer, text, guided=plan.guided)
-        latents, bits, certainty = run_scales(model.transformer, condition, keys, numbers, plan=plan, forced=forced)
+        latents, bits, certainty, measured = run_scales(
+            model.transformer, condition, keys, numbers, plan=plan, forced=forced
+        )
         images = model.image_tokenizer.decode(latents)
-        return Generation(images, bits, latents, {"certainty": certainty})
+        return Generation(images, bits, latents, {"certainty": certainty, "scales": measured})
 
     arguments = (text, keys, tuple(forced_bits))
     if model.transformer.config.precision == "exact":

@@ -18,6 +18,7 @@ from convert.safetensors_io import open_safetensors, save_safetensors
 from pallas_kernels.attention.api import choose
 from pallas_kernels.attention.problem import Problem
 from pallas_kernels.attention.target import current_target
+from toprovar_jax.acceleration.calibration import Calibration
 from toprovar_jax.config import InfinityConfig, Precision
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.generation import InfinityModel
@@ -32,17 +33,19 @@ TRANSFORMER, IMAGE_TOKENIZER, TEXT_ENCODER = (
     f"{name}.safetensors" for name in ("transformer", "image_tokenizer", "text_encoder")
 )
 TOKENIZER = "tokenizer.json"
+CALIBRATION = "calibration.json"
 
 Network = TypeVar("Network", bound=nnx.Module)
 Tensors = Mapping[str, Callable[[], np.ndarray]]
 
 
 class LoadedModel(NamedTuple):
-    """A model ready to run."""
+    """A model ready to run, with its calibration for ToProVAR if the folder holds one."""
 
     card: ModelCard
     networks: InfinityModel
     tokenizer: TextTokenizer
+    calibration: Calibration | None = None
 
 
 def load_model(
@@ -66,6 +69,9 @@ def load_model(
     card = ModelCard.read(folder / CARD, PRESETS).with_precision(precision).with_attention(*attention)
     _check_attention(card.transformer)
     tokenizer = TextTokenizer.from_file(folder / TOKENIZER)
+    calibration = Calibration.read(folder / CALIBRATION) if (folder / CALIBRATION).is_file() else None
+    if calibration is not None:
+        _check_calibration(calibration, card)
     if tokenizer.vocab_size > card.text_encoder.vocab_size:
         raise UserInputError(
             f"tokenizer {folder / TOKENIZER} with {tokenizer.vocab_size} entries",
@@ -103,7 +109,18 @@ def load_model(
         dtype=parameter_dtype,
     )
     # All three have been checked by now; only then is anything placed.
-    return LoadedModel(card, InfinityModel(transformer(), image_tokenizer(), text_encoder()), tokenizer)
+    networks = InfinityModel(transformer(), image_tokenizer(), text_encoder())
+    return LoadedModel(card, networks, tokenizer, calibration)
+
+
+def _check_calibration(calibration: Calibration, card: ModelCard) -> None:
+    theirs, ours = (calibration.model, calibration.num_layers), (card.name, card.transformer.num_layers)
+    if theirs != ours:
+        raise UserInputError(
+            f"calibration of model {theirs[0]} with {theirs[1]} layers",
+            f"cannot be used with model {ours[0]} of {ours[1]}",
+            "remove the file, or calibrate this model",
+        )
 
 
 def _check_attention(config: InfinityConfig) -> None:

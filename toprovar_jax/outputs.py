@@ -23,7 +23,10 @@ class PipelineOutput:
       seeds: the seed that makes each picture again.
       prompts: the prompt of each picture.
       timings: where the time went, in seconds.
-      plan: the generation plan that was run.
+      plan: the generation plan, as it was before anything was known of the pictures.
+      plans: the plan that each picture went by.
+      statistics: per scale what was measured of each picture, NaN or empty where it was not
+        (:class:`~toprovar_jax.acceleration.ScaleStatistics`, numpy).
       warnings: one line each: what was done differently from what was asked.
       bits: the sampled tokens, one array per scale, if they were asked for.
     """
@@ -33,5 +36,7 @@ class PipelineOutput:
     prompts: tuple[str, ...]
     timings: Timings
     plan: Any
+    plans: tuple[Any, ...] = ()
+    statistics: tuple[Any, ...] = ()
     warnings: tuple[str, ...] = ()
     bits: Any = None

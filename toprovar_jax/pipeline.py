@@ -5,14 +5,21 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
-from toprovar_jax.acceleration import AccelerationPolicy, policy_named
+from toprovar_jax.acceleration import (
+    AccelerationPolicy,
+    AdaptivePolicy,
+    GenerationPlan,
+    ScaleStatistics,
+    ToProVAR,
+    policy_named,
+)
 from toprovar_jax.config import Precision
 from toprovar_jax.drivers import Drawn, Drivers, OnScaleEnd, TokenArrays
 from toprovar_jax.errors import UserInputError, unknown_name
@@ -51,7 +58,7 @@ class InfinityPipeline:
     """
 
     def __init__(self, loaded: LoadedModel, *, load_seconds: float = 0.0):
-        self.card, self.networks, self.tokenizer = loaded
+        self.card, self.networks, self.tokenizer, self.calibration = loaded
         self.drivers = Drivers(loaded.networks)
         self._load_seconds = load_seconds
 
@@ -133,6 +140,7 @@ class InfinityPipeline:
         num_images_per_prompt: Number = 1,
         stop_after_scale: Number | None = None,
         strict: bool = False,
+        observe: bool = False,
     ) -> ResolvedRequest:
         """Check a request and fill in the defaults; no device work.
 
@@ -155,8 +163,10 @@ class InfinityPipeline:
         )
         stop = stop_after_scale
         stop_after = None if stop is None else check_setting("stop_after_scale", plain_numbers(stop))
-        chosen = policy if isinstance(policy, AccelerationPolicy) else policy_named(check_setting("policy", policy))
-        plan = make_plan(schedule, sampling, chosen, stop_after=stop_after)
+        chosen = self._policy(policy)
+        plan = make_plan(schedule, sampling, chosen, num_layers=self.card.transformer.num_layers, stop_after=stop_after)
+        if observe:
+            plan = plan.observed()
         negatives = negatives_of(negative_prompt, len(prompts), per_prompt)
         tokens = self._tokenize("prompt", prompts, strict)
         arrays, warnings = TokenArrays(tokens.ids, tokens.lengths), cut_warnings("prompt", prompts, tokens)
@@ -171,8 +181,36 @@ class InfinityPipeline:
             if not plan.guided:
                 warnings.append("negative prompt: has no effect at guidance 1; raise the guidance scale")
         return ResolvedRequest(
-            prompts, given_seeds, negatives, schedule.pixel_size, plan, sampling, arrays, tuple(dict.fromkeys(warnings))
+            prompts,
+            given_seeds,
+            negatives,
+            schedule.pixel_size,
+            plan,
+            chosen,
+            sampling,
+            arrays,
+            tuple(dict.fromkeys(warnings)),
         )
+
+    def plan_for(self, policy: str | AccelerationPolicy, **options: Any) -> GenerationPlan:
+        """The plan of a policy, without running it; takes the options of :meth:`resolve`."""
+        return self.resolve("a plan", policy=policy, **options).plan
+
+    def _policy(self, policy: str | AccelerationPolicy) -> AccelerationPolicy:
+        """A policy by name is the calibrated one, if the model comes with a calibration."""
+        if isinstance(policy, AccelerationPolicy) and not isinstance(policy, str):
+            made_for = getattr(policy, "model", None)
+            if made_for not in (None, self.model_name):
+                raise UserInputError(
+                    f"policy {policy.name} calibrated for model {made_for}",
+                    f"cannot be used with model {self.model_name}",
+                    "calibrate this model",
+                )
+            return policy
+        name = check_setting("policy", policy)
+        if self.calibration is not None and name in self.calibration.profiles:
+            return ToProVAR.from_calibration(self.calibration, name)
+        return policy_named(name)
 
     def __call__(
         self,
@@ -196,7 +234,8 @@ class InfinityPipeline:
             ``seed`` (an integer, image k of each prompt then has ``seed + k``; or one per prompt, or one per image),
             ``policy`` (a name or a policy), ``guidance_scale`` and ``tau`` (a number, or one per scale), ``top_k``,
             ``top_p``, ``aspect_ratio`` (``"height:width"``), ``pixels`` (the budget's name), ``negative_prompt``,
-            ``num_images_per_prompt``, ``stop_after_scale``, ``strict`` (refuse prompts that are too long).
+            ``num_images_per_prompt``, ``stop_after_scale``, ``strict`` (refuse prompts that are too long), ``observe``
+            (measure entropy in every layer at every scale, for :attr:`PipelineOutput.statistics`).
 
         Returns:
           Images, seeds, prompts, timings, the plan and warnings.
@@ -216,17 +255,30 @@ class InfinityPipeline:
                 raise unknown_name("option", name, _OPTIONS)
         request = self.resolve(prompt, **options)
         before = dict(self.drivers.seconds)
-        with _Progress(request, progress, self._rounds(request)) as bar:
+        with _Progress(request, progress) as bar:
             drawn = self._draw(request, _both(callback_on_scale_end, bar.on_scale_end if progress else None))
-        images, bits = _assemble(drawn, output_type)
+        images, bits, statistics = _assemble(drawn, output_type)
+        plans = tuple(part.plan for part in _in_order(drawn))
         spent = {name: seconds - before[name] for name, seconds in self.drivers.seconds.items()}
         timings = Timings(load=self._load_seconds, total=time.perf_counter() - start, **spent)
-        return PipelineOutput(images, request.seeds, request.prompts, timings, request.plan, request.warnings, bits)
+        return PipelineOutput(
+            images,
+            request.seeds,
+            request.prompts,
+            timings,
+            request.plan,
+            plans,
+            statistics,
+            request.warnings,
+            bits,
+        )
 
     def warmup(self, *, batch_size: int = 1, **options: Any) -> int:
-        """Compile everything that calls with these options will need, by making and discarding pictures.
+        """Compile everything that calls with these options will need.
 
-        Guidance 1 at every scale leaves the unconditional rows out, so it has programs of its own.
+        That is one set of pictures, which is discarded, and for policies that decide per image the programs of every
+        way that a picture may go (``plan.executables()`` lists them). Guidance 1 at every scale leaves the
+        unconditional rows out, so it has programs of its own.
 
         Args:
           batch_size: prompts per call; with ``precision="exact"`` one warm-up serves every number of them.
@@ -238,11 +290,17 @@ class InfinityPipeline:
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserInputError(f"batch_size {batch_size!r}", "must be an integer >= 1", "leave it out for 1")
-        self(["warm up"] * batch_size, **options)
+        prompts = ["warm up"] * batch_size
+        self(prompts, **options)
+        names = inspect.signature(self.resolve).parameters
+        request = self.resolve(prompts, **{name: value for name, value in options.items() if name in names})
+        if request.plan.alternatives:
+            sampling = _on_device(request.sampling, len(request.plan.schedule))
+            together = 1 if self._one_by_one else batch_size
+            rows = list(range(together))
+            keys = _keys([request.seeds[row] for row in rows])
+            self.drivers.prepare(request.tokens.images(rows), keys, sampling, request.plan)
         return self.drivers.num_executables
-
-    def _rounds(self, request: ResolvedRequest) -> int:
-        return request.batch_size if self._one_by_one else 1
 
     @property
     def _one_by_one(self) -> bool:
@@ -251,7 +309,8 @@ class InfinityPipeline:
     def _draw(self, request: ResolvedRequest, on_scale_end: OnScaleEnd | None) -> list[Drawn]:
         sampling = _on_device(request.sampling, len(request.plan.schedule))
         everything = range(request.batch_size)
-        if not self._one_by_one and on_scale_end is None:
+        replan = request.policy.replan if isinstance(request.policy, AdaptivePolicy) else None
+        if not self._one_by_one and on_scale_end is None and not request.plan.alternatives:
             return [self.drivers.fused(request.tokens, _keys(request.seeds), sampling, request.plan)]
         rounds = [[i] for i in everything] if self._one_by_one else [list(everything)]
         drawn = []
@@ -259,7 +318,8 @@ class InfinityPipeline:
             tokens = request.tokens.images(images)
             keys = _keys([request.seeds[i] for i in images])
             report = _naming(on_scale_end, images)
-            drawn.append(self.drivers.stepwise(tokens, keys, sampling, request.plan, report))
+            parts = self.drivers.stepwise(tokens, keys, sampling, request.plan, report, replan=replan)
+            drawn += [part._replace(indices=tuple(images[row] for row in part.indices)) for part in parts]
         return drawn
 
     def _tokenize(self, name: str, texts: Sequence[str], strict: bool) -> TokenBatch:
@@ -294,16 +354,56 @@ def _keys(seeds: Sequence[int]) -> Key[Array, " B"]:
     return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
 
 
-def _assemble(drawn: Sequence[Drawn], output_type: OutputType) -> tuple[Any, tuple[np.ndarray, ...]]:
-    bits = tuple(np.concatenate(scale) for scale in zip(*(part.bits for part in drawn), strict=True))
+class _Picture(NamedTuple):
+    """One image of a batch's result."""
+
+    image: Any
+    bits: tuple[np.ndarray, ...]
+    statistics: tuple[ScaleStatistics, ...]
+    plan: GenerationPlan
+
+
+def _in_order(drawn: Sequence[Drawn]) -> list[_Picture]:
+    """The images of all parts, in the order in which they were asked for."""
+    pictures: dict[int, _Picture] = {}
+    for part in drawn:
+        for row, index in enumerate(part.indices):
+            measured = tuple(statistics.image(row) for statistics in part.statistics)
+            bits = tuple(np.asarray(scale[row]) for scale in part.bits)
+            pictures[index] = _Picture(part.images[row], bits, measured, part.plan)
+    return [pictures[index] for index in sorted(pictures)]
+
+
+def _assemble(
+    drawn: Sequence[Drawn], output_type: OutputType
+) -> tuple[Any, tuple[np.ndarray, ...], tuple[ScaleStatistics, ...]]:
+    """Pictures in the form that was asked for, and bits and statistics per scale.
+
+    Pictures that did not run a scale have no bits there, and nothing measured: the arrays end with the last scale that
+    all pictures ran.
+    """
+    pictures = _in_order(drawn)
+    scales = min(len(picture.bits) for picture in pictures)
+    bits = tuple(np.stack([picture.bits[scale] for picture in pictures]) for scale in range(scales))
+    statistics = tuple(
+        ScaleStatistics(*_stacked(zip(*(picture.statistics[scale] for picture in pictures), strict=True)))
+        for scale in range(scales)
+    )
     if output_type == "jax" and len(drawn) == 1:
-        return drawn[0].images, bits
-    images = np.concatenate([part.images for part in drawn])
+        return drawn[0].images, bits, statistics
+    images = np.stack([np.asarray(picture.image) for picture in pictures])
     if output_type == "jax":
-        return jax.device_put(images), bits
+        return jax.device_put(images), bits, statistics
     if output_type == "np":
-        return images, bits
-    return [Image.fromarray(picture) for picture in to_uint8(images)], bits
+        return images, bits, statistics
+    return [Image.fromarray(picture) for picture in to_uint8(images)], bits, statistics
+
+
+def _stacked(fields: Iterable[tuple[np.ndarray, ...]]) -> Iterator[np.ndarray]:
+    """Per field all pictures' values; nothing where some have none, as pictures that go different ways may."""
+    for values in fields:
+        alike = len({np.shape(value) for value in values}) == 1
+        yield np.stack(values) if alike else np.zeros((len(values), 0), np.asarray(values[0]).dtype)
 
 
 def _naming(on_scale_end: OnScaleEnd | None, images: Sequence[int]) -> OnScaleEnd | None:
@@ -312,7 +412,7 @@ def _naming(on_scale_end: OnScaleEnd | None, images: Sequence[int]) -> OnScaleEn
         return None
 
     def call(index: int, count: int, info: dict[str, Any]) -> None:
-        on_scale_end(index, count, info | {"images": tuple(images)})
+        on_scale_end(index, count, info | {"images": tuple(images[row] for row in info["images"])})
 
     return call
 
@@ -329,18 +429,19 @@ def _both(first: OnScaleEnd | None, second: OnScaleEnd | None) -> OnScaleEnd | N
 
 
 class _Progress:
-    """A bar over all scales of all rounds; nothing where it is switched off."""
+    """A bar over all scales of all pictures; nothing where it is switched off."""
 
-    def __init__(self, request: ResolvedRequest, enabled: bool, rounds: int):
+    def __init__(self, request: ResolvedRequest, enabled: bool):
         from tqdm import tqdm
 
-        self.bar = tqdm(total=request.plan.num_run * rounds, desc="scales", unit="scale", disable=not enabled)
+        total = request.plan.num_run * request.batch_size
+        self.bar = tqdm(total=total, desc="scales", unit="scale", disable=not enabled)
 
     def on_scale_end(self, index: int, count: int, info: dict[str, Any]) -> None:
         del index, count
         height, width = info["grid"]
         self.bar.set_postfix_str(f"{height}x{width}")
-        self.bar.update()
+        self.bar.update(len(info["images"]))
 
     def __enter__(self) -> _Progress:
         return self

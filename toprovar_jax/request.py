@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from toprovar_jax.acceleration.plan import GenerationPlan
+from toprovar_jax.acceleration.plan import AccelerationPolicy, GenerationPlan
 from toprovar_jax.drivers import TokenArrays
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.sampling import Sampling
@@ -33,6 +33,7 @@ class ResolvedRequest:
       negative_prompts: one per picture, or None for the learned "no text".
       size: height and width in pixels.
       plan: what will be computed.
+      policy: what made the plan, and may choose among its alternatives.
       sampling: guidance, temperature, top-k, top-p.
       tokens: the prompts' token ids.
       warnings: one line each.
@@ -43,6 +44,7 @@ class ResolvedRequest:
     negative_prompts: tuple[str, ...] | None
     size: tuple[int, int]
     plan: GenerationPlan
+    policy: AccelerationPolicy
     sampling: Sampling
     tokens: TokenArrays
     warnings: tuple[str, ...]

@@ -4,6 +4,7 @@
 B   images in a batch
 R   rows of a guided batch: ``2B`` (conditional first, then unconditional) or ``B``
 T   query tokens: the tokens of the scale at hand
+K   kept tokens: those of them that a pruned layer computes
 S   cached or visible tokens (keys and values)
 P   padded text length
 N   attention heads

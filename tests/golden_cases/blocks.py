@@ -23,7 +23,7 @@ from toprovar_jax.image_tokenizer.bsq import quantize_straight_through
 from toprovar_jax.image_tokenizer.resize import pixel_shuffle, pixel_unshuffle, resize_area, resize_bilinear
 from toprovar_jax.model import Infinity
 from toprovar_jax.model.block import LayerText
-from toprovar_jax.model.kv_cache import extend
+from toprovar_jax.model.kv_cache import KVCache, empty_cache, extend
 from toprovar_jax.model.rope import RotaryTable, full_rotary_table, rotary_table
 from toprovar_jax.model.text_conditioning import TextCondition
 from toprovar_jax.sampling import Sampling, bit_probability
@@ -121,7 +121,7 @@ def _self_attention(
 ) -> Arrays:
     layer, config = _layer(transformer, 0).self_attention, transformer.config
     scales = _scales(inputs, "sa_in")
-    cache = transformer.new_cache(condition.pooled.shape[0], schedule.offsets[len(scales)])
+    cache = _cache(transformer, condition, schedule.offsets[len(scales)])
     ours = {}
     for k in scales:
         x, rope = inputs[f"sa_in_{k}"], rotary_table(schedule, k, config.head_dim, config.rope_mode)
@@ -132,6 +132,12 @@ def _self_attention(
         cache, keys, values = extend(cache, jnp.int32(0), schedule.offsets[k], key, value, write=True)
         ours[f"sa_out_{k}"] = layer.out(attention(query, keys, values, scale=1.0).out.reshape(x.shape))
     return ours
+
+
+def _cache(transformer: Infinity, condition: TextCondition, length: int) -> KVCache:
+    config = transformer.config
+    rows = condition.pooled.shape[0]
+    return empty_cache(config.num_layers, rows, length, config.num_heads, config.head_dim, jnp.float32)
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
@@ -157,7 +163,7 @@ def _chained_blocks(
     transformer: Infinity, condition: TextCondition, inputs: Arrays, *, schedule: ScaleSchedule
 ) -> Arrays:
     scales, config = _scales(inputs, "block_in"), transformer.config
-    cache = transformer.new_cache(condition.pooled.shape[0], schedule.offsets[len(scales)])
+    cache = _cache(transformer, condition, schedule.offsets[len(scales)])
     ours = {}
     for k in scales:
         rope = rotary_table(schedule, k, config.head_dim, config.rope_mode)

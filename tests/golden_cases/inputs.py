@@ -108,10 +108,10 @@ def sampling_of(run: Mapping[str, Any]) -> Sampling:
     return Sampling(run["cfg_list"], run["tau_list"], run.get("top_k", 0), run.get("top_p", 0) or 1.0)
 
 
-def plan_of(run: Mapping[str, Any], schedule: ScaleSchedule) -> GenerationPlan:
+def plan_of(run: Mapping[str, Any], schedule: ScaleSchedule, num_layers: int) -> GenerationPlan:
     """The dense plan of a run. Position 1 ("on probabilities") is accepted by the original and does nothing."""
     where = [position for position in run.get("cfg_insertion_layer", [0]) if position != 1]
-    return make_plan(schedule, sampling_of(run), Dense(), guidance_at=where)
+    return make_plan(schedule, sampling_of(run), Dense(), num_layers=num_layers, guidance_at=where)
 
 
 def runs_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:

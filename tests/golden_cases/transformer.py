@@ -33,7 +33,7 @@ from .findings import (
 )
 from .inputs import load_t5, load_tokenizer, load_transformer, plan_of, read_text, runs_of, sampling_of, schedule_of
 
-step = jax.jit(advance, static_argnames=("plan", "scale"), donate_argnames="state")
+step = jax.jit(advance, static_argnames="step", donate_argnames="state")
 """One compiled scale; the numbers (guidance, uniforms, text) are arguments."""
 
 
@@ -54,7 +54,7 @@ def run_transformer(config: Mapping[str, Any], folder: Path, file: str, referenc
     run = _matching_run(config, file, reference.arrays)
     transformer = load_transformer(config["model"], folder / "weights.safetensors")
     schedule = schedule_of(run, transformer.config.latent_per_token, reference)
-    text, plan = read_text(reference), plan_of(run, schedule)
+    text, plan = read_text(reference), plan_of(run, schedule, transformer.config.num_layers)
     reference.compare(
         "summed_codes", channels_first(run_scales(transformer, text, run, plan, reference)), RESIZED_BOUND
     )
@@ -71,14 +71,14 @@ def run_scales(
     whole = "text_features" in reference  # the end-to-end case records fewer arrays
     if whole:
         reference.compare("cond", condition.pooled, TEXT_BOUND)
-    state = initial_state(transformer, plan, text.lengths.shape[0])
+    state = initial_state(transformer, plan.step(0), text.lengths.shape[0])
     blended = any(position < 0 for position in plan.guidance_at)
     last = plan.num_run - 1
     for k in range(plan.num_run):
         if k and (whole or f"next_in_{k}" in reference):
             reference.compare(f"next_in_{k}", state.inputs, RESIZED_BOUND)
         uniforms = jnp.asarray(reference[f"uniform_{k}"])
-        state, trace = step(transformer, condition, state, sampling, uniforms, plan=plan, scale=k)
+        state, trace = step(transformer, condition, state, sampling, uniforms, step=plan.step(k))
         if (whole and k <= 3) or f"hidden_{k}" in reference:
             bound = BLENDED_HIDDEN_BOUND if blended else RAW_BOUND
             reference.compare(f"hidden_{k}", _rows(trace.hidden, reference, f"hidden_{k}"), bound)
@@ -142,7 +142,7 @@ def run_end_to_end(config: Mapping[str, Any], folder: Path, file: str, reference
     tokenizer = load_tokenizer(config["vae"], folder / "vae.safetensors")
     schedule = schedule_of(run, transformer.config.latent_per_token, reference)
     text = _text_features(encoder, reference, "t5_hidden")
-    latents = run_scales(transformer, text, run, plan_of(run, schedule), reference)
+    latents = run_scales(transformer, text, run, plan_of(run, schedule, transformer.config.num_layers), reference)
     reference.compare("summed_codes", channels_first(latents), RESIZED_BOUND)
     image = np.asarray(jax.jit(lambda m, x: m.decode(x))(tokenizer, latents))
     reference.compare("image_pm1", channels_first(image) * 2.0 - 1.0, IMAGE_BOUND)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from toprovar_jax.acceleration import Dense
+from toprovar_jax.model.layer_memory import empty_memory
 from toprovar_jax.schedule import ScaleSchedule
 
 from .. import tiny
@@ -19,13 +21,13 @@ TOLERANCE = 2e-5
 def incremental(transformer, inputs, features, lengths, schedule):
     """Scores of all scales, scale by scale through the cache."""
     condition = transformer.condition(features, lengths)
-    cache = transformer.new_cache(features.shape[0], schedule.offsets[-2])
+    plan = Dense().plan(schedule, num_layers=transformer.config.num_layers, guided=False)
+    memory = empty_memory(transformer.config, plan.step(0), features.shape[0])
     scores = []
     for k in range(len(schedule)):
         span = slice(schedule.offsets[k] - 1, schedule.offsets[k + 1] - 1)
         tokens = transformer.embed(inputs[:, span]) if k else transformer.start_tokens(condition)
-        last = k == len(schedule) - 1
-        hidden, cache = transformer.run_scale(tokens, condition, cache, schedule, k, write_cache=not last)
+        hidden, memory, _ = transformer.run_scale(tokens, condition, memory, plan.step(k))
         scores.append(transformer.head(hidden, condition.head_modulation))
     return jnp.concatenate(scores, axis=1)
 

@@ -151,14 +151,14 @@ def _matrix_products(jaxpr: Jaxpr):
 def test_16_exact_precision_asks_for_full_precision_whatever_the_default():
     """Also where the caller's default is low, as it is on accelerators."""
     model, text = tiny.model(), tiny.text(1)
-    plan = make_plan(ScaleSchedule.of("1:1", 3), Sampling(), Dense())
+    plan = make_plan(ScaleSchedule.of("1:1", 3), Sampling(), Dense(), num_layers=4)
 
     def run(model, text):
         condition = condition_on(model.transformer, text, guided=True)
-        state = initial_state(model.transformer, plan, 1)
+        state = initial_state(model.transformer, plan.step(0), 1)
         state = state._replace(inputs=jnp.zeros((1, 4, 8), jnp.float32))
         uniforms = jnp.zeros((1, 4, 8), jnp.float32)
-        state, _ = advance(model.transformer, condition, state, Sampling().for_scales(3), uniforms, plan=plan, scale=1)
+        state, _ = advance(model.transformer, condition, state, Sampling().for_scales(3), uniforms, step=plan.step(1))
         return model.image_tokenizer.decode(state.latents)
 
     with jax.default_matmul_precision("bfloat16"):

@@ -13,16 +13,17 @@ from toprovar_jax.shapes import Array, Int
 
 
 def scan_layers(
-    body: Callable[[Any, Any, Int[Array, ""]], Any],
+    body: Callable[[Any, Any, Int[Array, ""], Any], tuple[Any, Any]],
     carry: Any,
     stacked: Any,
     start: int,
     stop: int,
     depth: int,
     *,
+    own: Any = (),
     data: Any = (),
-) -> Any:
-    """``carry = body(carry, layer, index)`` for the layers ``start`` to ``stop - 1``.
+) -> tuple[Any, Any]:
+    """``carry, output = body(carry, layer, index, own)`` for the layers ``start`` to ``stop - 1``.
 
     Args:
       body: one layer.
@@ -30,7 +31,11 @@ def scan_layers(
       stacked: pytree of arrays (or modules) with a leading axis of length ``depth``.
       start, stop: static range of layers.
       depth: how many there are in all.
+      own: pytree of arrays with a leading axis of length ``stop - start``: what only these layers have.
       data: what else the body reads that may differ between devices inside ``shard_map``.
+
+    Returns:
+      The last carry, and the outputs stacked over the layers of the range.
 
     The whole stack is scanned as such, which differentiates well. A part of it is indexed instead of sliced: a slice
     of stacked weights would be copied first.
@@ -39,13 +44,14 @@ def scan_layers(
     if (start, stop) == (0, depth):
 
         def whole(carry, item):
-            layer, index = item
-            return body(carry, layer, index), None
+            layer, index, own = item
+            return body(carry, layer, index, own)
 
-        return jax.lax.scan(whole, carry, (stacked, jnp.arange(depth)))[0]
+        return jax.lax.scan(whole, carry, (stacked, jnp.arange(depth), own))
 
-    def part(carry, index):
+    def part(carry, item):
+        index, own = item
         layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked)
-        return body(carry, layer, index), None
+        return body(carry, layer, index, own)
 
-    return jax.lax.scan(part, carry, jnp.arange(start, stop))[0]
+    return jax.lax.scan(part, carry, (jnp.arange(start, stop), own))

@@ -15,10 +15,13 @@ _MODE_1_GRID = 128
 
 
 class RotaryTable(NamedTuple):
-    """Cosines and sines per token and rotary pair, float32 ``[T, H/2]``; rows' angles first, then columns'."""
+    """Cosines and sines per token and rotary pair, float32 ``[T, H/2]``; rows' angles first, then columns'.
 
-    cos: np.ndarray
-    sin: np.ndarray
+    Where rows hold different tokens, a table each: ``[R, T, H/2]``.
+    """
+
+    cos: np.ndarray | Array
+    sin: np.ndarray | Array
 
 
 @functools.lru_cache(maxsize=256)
@@ -49,7 +52,9 @@ def full_rotary_table(schedule: ScaleSchedule, head_dim: int, mode: int) -> Rota
 def rotate(x: Float[Array, "R T N H"], table: RotaryTable) -> Float[Array, "R T N H"]:
     """Rotate adjacent pairs of the head axis, in float32."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
-    cos, sin = jnp.asarray(table.cos)[None, :, None], jnp.asarray(table.sin)[None, :, None]
+    cos, sin = (jnp.asarray(part)[..., None, :] for part in table)
+    if cos.ndim == 3:
+        cos, sin = cos[None], sin[None]
     first, second = pairs[..., 0], pairs[..., 1]
     return jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1).reshape(x.shape)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,16 +15,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import attention
+from toprovar_jax.acceleration.step import ScaleStep
 from toprovar_jax.config import InfinityConfig
 from toprovar_jax.model.block import LayerText, stack_layers
 from toprovar_jax.model.head import BitHead
-from toprovar_jax.model.kv_cache import KVCache, empty_cache, extend
+from toprovar_jax.model.layer_memory import LayerMemory
 from toprovar_jax.model.layer_scan import scan_layers
-from toprovar_jax.model.layers import Linear, compute_dtype
+from toprovar_jax.model.layers import Linear
 from toprovar_jax.model.rope import RotaryTable, full_rotary_table, rotary_table
+from toprovar_jax.model.scale_layers import GroupTrace, LayerInputs, run_group
 from toprovar_jax.model.text_conditioning import TextCondition, TextConditioning
 from toprovar_jax.schedule import ScaleSchedule
-from toprovar_jax.shapes import Array, Float, Int
+from toprovar_jax.shapes import Array, Float, Int, Key
 
 LEVELS = 15
 """Rows of the level-embedding table (13 scales are used at most)."""
@@ -63,71 +64,58 @@ class Infinity(nnx.Module):
         """Tokens of a later scale from its resized code sum."""
         return self.word_embedding(inputs).astype(jnp.float32)
 
-    def new_cache(self, rows: int, length: int) -> KVCache:
-        """A cache for ``length`` tokens: those of all scales but the last that is run."""
-        config = self.config
-        dtype = compute_dtype(config.precision)
-        return empty_cache(config.num_layers, rows, length, config.num_heads, config.head_dim, dtype)
-
     def run_scale(
         self,
         tokens: Float[Array, "R T D"],
         condition: TextCondition,
-        cache: KVCache,
-        schedule: ScaleSchedule,
-        scale: int,
+        memory: LayerMemory,
+        step: ScaleStep,
         *,
-        write_cache: bool,
-        blend_after: Sequence[int] = (),
         guidance: Float[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "R T D"], KVCache]:
+        selection_keys: Key[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "R T D"], LayerMemory, tuple[GroupTrace, ...]]:
         """All blocks on one scale's tokens.
 
         Args:
           tokens: embedded tokens without level embedding.
           condition: from :meth:`condition`.
-          cache: keys and values of the scales before.
-          schedule, scale: which scale this is; static.
-          write_cache: whether a later scale will read this one.
-          blend_after: blocks after whose output the two halves of the rows are blended by ``guidance`` and made equal.
-          guidance: the blend's weight; needed where ``blend_after`` is not empty.
+          memory: what the scale before left (:func:`~toprovar_jax.model.layer_memory.empty_memory` at first).
+          step: which scale this is, and what of it is computed; static.
+          guidance: weight of the blend of the two halves of the rows after the blocks that ``step.guidance_at`` names;
+            needed where there is one.
+          selection_keys: one key per image, for selections that draw.
 
         Returns:
-          The head's input and the extended cache.
+          The head's input, the memory for the next scale, and what the layer groups measured.
         """
-        offset = schedule.offsets[scale]
-        rope = rotary_table(schedule, scale, self.config.head_dim, self.config.rope_mode)
+        schedule, config = step.schedule, self.config
+        inputs = LayerInputs(
+            (self.layers, condition.keys, condition.values),
+            condition,
+            rotary_table(schedule, step.scale, config.head_dim, config.rope_mode),
+            selection_keys,
+            config.attention,
+        )
+        level = self.level_embedding[...].astype(jnp.float32)[step.scale][None, None]
+        depth, every_chunk = config.num_layers, config.level_embedding == "every_chunk"
+        starts = set(range(0, depth, depth // config.block_chunks)) if every_chunk else {0}
+        blend_after = step.guided_blocks(depth) if step.guided else ()
 
-        def attend(cache, layer):
-            def through_cache(q, k, v):
-                extended, keys, values = extend(cache, layer, offset, k, v, write=write_cache)
-                return self._attend(q, keys, values), extended
-
-            return through_cache
-
-        def body(carry, layer, index):
-            x, cache = carry
-            block, keys, values = layer
-            text = LayerText(keys, values, condition.lengths)
-            return block(x, text, condition.modulation, rope, attend(cache, index))
-
-        level = self.level_embedding[...].astype(jnp.float32)[scale][None, None]
-        stacked = (self.layers, condition.keys, condition.values)
-        depth, every_chunk = self.config.num_layers, self.config.level_embedding == "every_chunk"
-        chunk = depth // self.config.block_chunks
-        starts = set(range(0, depth, chunk)) if every_chunk else {0}
-        boundaries = sorted({depth} | starts | {block + 1 for block in blend_after})
-        x = tokens.astype(jnp.float32)
-        for start, stop in itertools.pairwise(boundaries):
-            if start in starts:
-                x = x + level
-            x, cache = scan_layers(body, (x, cache), stacked, start, stop, depth, data=condition)
-            if stop - 1 in blend_after and guidance is not None:
+        def between(x: Array, layer: int) -> Array:
+            if layer - 1 in blend_after and guidance is not None:
                 conditional, unconditional = jnp.split(x, 2)
                 blended = guidance * conditional + (1.0 - guidance) * unconditional
                 # At guidance 1 the halves stay apart: the unconditional rows keep their own keys and values.
                 x = jnp.where(guidance == 1.0, x, jnp.concatenate([blended, blended]))
-        return x, cache
+            return x + level if layer in starts else x
+
+        splits = sorted(starts | {block + 1 for block in blend_after})
+        x, memories, traces = tokens.astype(jnp.float32), [], []
+        for group, own in zip(step.groups, memory, strict=True):
+            x, own, trace = run_group(x, own, inputs, step, group, between=between, splits=splits)
+            memories.append(own)
+            traces.append(trace)
+        return between(x, depth), tuple(memories), tuple(traces)
 
     def _attend(self, q: Float[Array, "R T N H"], k: Float[Array, "R S N H"], v: Float[Array, "R S N H"]) -> Array:
         return attention(q, k, v, scale=1.0, implementation=self.config.attention).out
@@ -164,7 +152,8 @@ class Infinity(nnx.Module):
             parts = [self._attend(q[:, a:b], k[:, :b], v[:, :b]) for a, b in spans]
             return jnp.concatenate(parts, axis=1), None
 
-        def body(x, layer, index):
+        def body(x, layer, index, own):
+            del own
             block, keys, values, factors = layer
             if every_chunk:
                 x = jnp.where(index % chunk == 0, x + level, x)
@@ -175,10 +164,10 @@ class Infinity(nnx.Module):
                 rope,
                 block_causal,
                 None if keep is None else factors,
-            )[0]
+            )[0], None
 
         factors = jnp.ones((depth, 2, tokens.shape[0]), jnp.float32) if keep is None else keep
         stacked = (self.layers, condition.keys, condition.values, factors)
         x = tokens if every_chunk else tokens + level
-        x = scan_layers(body, x, stacked, 0, depth, depth, data=(condition, factors))
+        x, _ = scan_layers(body, x, stacked, 0, depth, depth, data=(condition, factors))
         return self.head(x, condition.head_modulation)

@@ -122,6 +122,7 @@ SCENES_MEDIUM = dataclasses.replace(
     SCENES_SMALL,
     name="scenes-medium",
     num_scales=7,
+    batch=8,
     pool=3072,
     held_out=128,
     pixels="0.016M",
@@ -287,7 +288,7 @@ def _start(recipe: Recipe) -> InfinityModel | None:
     """
     if recipe.start_from is None:
         return None
-    card, networks, _ = load_model(find_model(recipe.start_from), precision="exact", with_encoder=True)
+    card, networks, *_ = load_model(find_model(recipe.start_from), precision="exact", with_encoder=True)
     if (card.transformer, card.image_tokenizer) != (recipe.transformer, recipe.image_tokenizer):
         raise UserInputError(
             f"model {recipe.start_from} as the start of {recipe.name}",

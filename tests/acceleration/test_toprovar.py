@@ -1,0 +1,192 @@
+"""The policy's static half and its choice of depth and pattern."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from toprovar_jax.acceleration import POLICIES, ScaleStatistics, ToProVAR, policy_named
+from toprovar_jax.acceleration.budgets import kept_tokens, prune_ratio
+from toprovar_jax.errors import UserInputError
+from toprovar_jax.schedule import ScaleSchedule
+
+LAYERS = 8
+SCHEDULE = ScaleSchedule.of("1:1", 13)
+SCORES = (0.1, 0.2, 0.9, 0.8, 0.85, 0.3, 0.2, 0.1)
+
+
+def plan_of(policy, schedule=SCHEDULE, **options):
+    return policy.plan(schedule, num_layers=LAYERS, **options)
+
+
+def measured(*shares, ratios=()):
+    """Statistics of one image whose scales had these salient shares."""
+    nothing = np.zeros((0, 0), np.float32)
+    return [ScaleStatistics(np.float32(share), np.asarray(ratios, np.float32), nothing, nothing) for share in shares]
+
+
+def depth_of(policy, shares):
+    plan = plan_of(policy)
+    for scale in plan.decisions:
+        picked = policy.replan(plan, scale, measured(*shares[:scale]))
+        if picked is not plan:
+            assert picked in plan.alternatives
+            return picked.depth
+    return None
+
+
+def test_the_constants_of_the_paper_are_the_defaults():
+    policy = ToProVAR()
+    assert (policy.tau, policy.representative_scale, policy.alpha_min, policy.alpha_max) == (0.4, 6, 0.3, 0.95)
+    assert (policy.depth_rule, policy.normalisation, policy.sampled, policy.restoration) == (
+        *("le", "rank", False, "cached"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "shares", "depth"),
+    [
+        ("le", [0.5] * 7 + [0.39] + [0.3] * 5, 9),
+        ("le", [0.3] * 13, 7),
+        ("le", [0.5] * 13, None),
+        ("ge", [0.3] * 8 + [0.41] + [0.3] * 4, 10),
+        ("ge", [0.3] * 13, None),
+        ("band", [0.6] * 6 + [0.3, 0.42] + [0.6] * 5, 9),
+        ("band", [0.5] * 13, None),
+        # Met only after the last scale at which it is tested.
+        ("le", [0.5] * 11 + [0.1] * 2, None),
+    ],
+)
+def test_the_share_of_one_scale_decides_about_the_next(rule, shares, depth):
+    assert depth_of(ToProVAR(depth_rule=rule), shares) == depth
+
+
+def test_a_fixed_depth_needs_no_decision():
+    plan = plan_of(ToProVAR(depth_rule="fixed", depth=8))
+    assert (plan.depth, plan.alternatives, plan.decisions, plan.choice) == (8, (), (), ())
+    assert plan_of(ToProVAR(depth_rule="fixed", depth=12), ScaleSchedule.of("1:1", 7)).depth == 7
+
+
+def test_short_schedules_may_be_pruned_at_their_last_scale():
+    plan = plan_of(ToProVAR(), ScaleSchedule.of("1:1", 5))
+    assert [other.depth for other in plan.alternatives] == [5]
+
+
+def test_budgets_follow_the_papers_equation():
+    policy = ToProVAR(depth_rule="fixed", depth=10, layer_scores=SCORES, max_groups=8)
+    plan = plan_of(policy)
+    for number in (10, 13):
+        scale = plan.scales[number - 1]
+        for group in scale.groups[1:-1]:
+            score = math.fsum(SCORES[group.start : group.stop]) / (group.stop - group.start)
+            ratio = prune_ratio(policy.alpha_min, policy.alpha_max, number / 13 * score)
+            assert group.weight == pytest.approx(number / 13 * score)
+            assert group.kept == kept_tokens(scale.tokens, ratio)
+        assert scale.groups[0].kept == scale.groups[-1].kept == scale.tokens
+
+
+def test_groups_are_few_and_never_mix_guards_with_others():
+    for most in (1, 2, 3):
+        ranges = [(g.start, g.stop) for g in plan_of(ToProVAR(layer_scores=SCORES, max_groups=most)).scales[0].groups]
+        assert len(ranges) <= most + 2
+        assert (ranges[0], ranges[-1]) == ((0, 1), (7, 8))
+
+
+def test_leaving_out_layers_leaves_out_the_detail_layers():
+    plan = plan_of(ToProVAR(depth_rule="fixed", depth=10, layer_scores=SCORES, prune="layers"))
+    kept = {layer: group.kept for group in plan.scales[12].groups for layer in range(group.start, group.stop)}
+    assert [layer for layer in range(LAYERS) if kept[layer] == 0] == [2, 3, 4]
+    assert set(kept.values()) == {0, 4096}
+
+
+def test_leaving_out_scales_ends_at_the_depth():
+    plan = plan_of(ToProVAR(prune="scales"))
+    assert [other.num_run for other in plan.alternatives] == [6, 7, 8, 9, 10]
+    assert [other.depth for other in plan.alternatives] == [7, 8, 9, 10, 11]
+    assert plan_of(ToProVAR(prune="scales", depth_rule="fixed", depth=9)).scales_run == tuple(range(1, 9))
+    assert ToProVAR(prune="scales").name == "toprovar-fast"
+
+
+def test_the_profiles_say_which_scales_run():
+    assert plan_of(policy_named("toprovar")).scales_run == tuple(range(1, 14))
+    assert plan_of(policy_named("toprovar-fast")).scales_run == tuple(range(1, 12))
+    assert [POLICIES[name]().name for name in ("toprovar", "toprovar-fast")] == ["toprovar", "toprovar-fast"]
+    assert plan_of(ToProVAR(), stop_after=4).num_run == 4
+
+
+class TestOnlineLayerScores:
+    POLICY = ToProVAR(
+        online=True, patterns=((0.9,) * 4 + (0.1,) * 4, (0.1,) * 4 + (0.9,) * 4), beta=math.log(2), tau=1.0
+    )
+
+    def test_an_image_goes_by_the_nearest_pattern(self):
+        plan = plan_of(self.POLICY)
+        assert plan.spectrum_at == 5
+        assert plan.step(5).spectrum == "centred"
+        picked = {}
+        for name, ratios in {"first": [1.1] * 4 + [5.0] * 4, "second": [5.0] * 4 + [1.1] * 4}.items():
+            picked[name] = self.POLICY.replan(plan, 6, measured(*[0.5] * 6, ratios=ratios))
+        assert [plan.choice for plan in picked.values()] == [(7, 0), (7, 1)]
+        first, second = ([group.kept for group in plan.scales[12].groups] for plan in picked.values())
+        assert first != second
+        assert [(g.start, g.stop) for g in picked["first"].scales[0].groups] == [
+            (g.start, g.stop) for g in picked["second"].scales[0].groups
+        ]
+
+    def test_maps_may_be_taken_as_they_are(self):
+        assert plan_of(dataclasses.replace(self.POLICY, center=False)).step(5).spectrum == "raw"
+
+    def test_it_cannot_measure_after_it_has_to_decide(self):
+        with pytest.raises(UserInputError, match="must be measured before scale 6"):
+            plan_of(dataclasses.replace(self.POLICY, min_depth=6))
+
+    def test_it_needs_patterns(self):
+        with pytest.raises(UserInputError, match="patterns"):
+            ToProVAR(online=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tau": 1.5}, ("tau 1.5", "0 to 1", "0.4")),
+        ({"tau": float("nan")}, ("tau nan", "0 to 1")),
+        ({"tau": "0.4"}, ("tau '0.4'", "0 to 1")),
+        ({"alpha_max": 1.01}, ("alpha_max 1.01", "0 to 1")),
+        ({"alpha_min": -0.1}, ("alpha_min -0.1", "0 to 1")),
+        ({"alpha_min": 0.9, "alpha_max": 0.2}, ("alpha_min 0.9 and alpha_max 0.2", "exceed")),
+        ({"min_depth": 9, "max_depth": 8}, ("min_depth 9 and max_depth 8", "exceed")),
+        ({"beta": 0.0}, ("beta 0.0", "above 0")),
+        ({"beta": -1}, ("beta -1", "above 0")),
+        ({"depth": 1}, ("depth 1", "at least 2")),
+        ({"depth": 9.0}, ("depth 9.0", "integer")),
+        ({"bucket": 0}, ("bucket 0", "at least 1")),
+        ({"skip_last": True}, ("skip_last True", "integer")),
+        ({"depth_rule": "less"}, ("depth_rule", "less")),
+        ({"importance": "norm"}, ("importance", "norm")),
+        ({"layer_scores": (0.5, 1.5)}, ("layer scores", "0 to 1")),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(changes, words):
+    with pytest.raises(UserInputError) as caught:
+        ToProVAR(**changes)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (ToProVAR(num_scales=7, model="small"), ("calibrated on 7 scales of model small", "13")),
+        (ToProVAR(layer_scores=(0.5,) * 6, model="small"), ("6 layers (model small)", "8")),
+        (ToProVAR(region_minimum=0.5), ("region_minimum 0.5", "tokens", "alpha_max 0.95")),
+        (ToProVAR(guard_first=0.6, guard_last=0.4), ("guard_first 0.6", "none of 8 layers")),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_when_planned(policy, words):
+    with pytest.raises(UserInputError) as caught:
+        plan_of(policy)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
