@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= outputs
 SCENES ?= .cache/scenes
+RECIPE ?=
 
-.PHONY: demo test lint format parity train-scenes scenes-report aot-tpu aot-gpu test-triton gpu-suite clean
+.PHONY: demo test lint format parity train-scenes scenes-report pruning-report aot-tpu aot-gpu test-triton gpu-suite clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/generate.py --backend cpu --prompt "a red sphere" --seed 1 --out $(OUT)
@@ -44,9 +45,16 @@ format: $(VENV)/.test
 parity: $(VENV)/.test
 	$(BIN)/python tests/parity.py tests/golden
 
-# Trains the embedded model from nothing: image tokenizer, transformer and text encoder, export into the package.
+# Trains an embedded model: image tokenizer, transformer and text encoder, export as a model folder. The other one:
+# make train-scenes SCENES=.cache/medium RECIPE="--recipe scenes-medium --tokenizer-steps 320 --steps 1000"
 train-scenes: $(VENV)/.demo
-	$(BIN)/python -m toprovar_jax.training.scenes all --directory $(SCENES)
+	$(BIN)/python -m toprovar_jax.training.scenes all --directory $(SCENES) $(RECIPE)
+
+# What pruning saves and costs, on the larger embedded model, into benchmarks/results.
+pruning-report: $(VENV)/.test
+	$(BIN)/python benchmarks/ablation.py --model scenes-medium
+	$(BIN)/python benchmarks/pruning_curve.py --model scenes-medium
+	$(BIN)/python benchmarks/readme_tables.py
 
 # The embedded model's score on 24 prompts, with a contact sheet, into benchmarks/results.
 scenes-report: $(VENV)/.demo

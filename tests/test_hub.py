@@ -8,7 +8,7 @@ import pytest
 
 from toprovar_jax import list_models
 from toprovar_jax.errors import UserInputError
-from toprovar_jax.hub import EMBEDDED, embedded_folder, find_model, models_folder
+from toprovar_jax.hub import EMBEDDED, EMBEDDED_MODELS, embedded_folder, find_model, models_folder
 from toprovar_jax.presets import PRESETS
 
 
@@ -28,11 +28,13 @@ def put(folder, name="model.json"):
 
 def test_the_embedded_model_is_the_default_and_has_a_name():
     assert find_model(None) == find_model(EMBEDDED) == embedded_folder()
-    assert list_models() == (EMBEDDED, *PRESETS)
+    assert list_models() == (*EMBEDDED_MODELS, *PRESETS)
 
 
-def test_the_embedded_model_travels_with_the_package():
-    files = {path.name: path.stat().st_size for path in embedded_folder().iterdir()}
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_embedded_models_travel_with_the_package(name):
+    assert find_model(name) == embedded_folder(name)
+    files = {path.name: path.stat().st_size for path in embedded_folder(name).iterdir()}
     weights = {f"{name}.safetensors" for name in ("transformer", "image_tokenizer", "text_encoder")}
     assert {"model.json", "tokenizer.json"} | weights <= files.keys()
     assert sum(files.values()) <= 16 * 2**20

@@ -9,14 +9,17 @@ from toprovar_jax.errors import UserInputError, unknown_name
 from toprovar_jax.presets import PRESETS
 
 EMBEDDED = "scenes-small"
-"""Name of the model that travels with the package."""
+"""The model that is used where none is named."""
+
+EMBEDDED_MODELS = (EMBEDDED, "scenes-medium")
+"""Names of the models that travel with the package."""
 
 CARD = "model.json"
 
 
-def embedded_folder() -> Path:
-    """The embedded model's files."""
-    return Path(__file__).parent / "embedded"
+def embedded_folder(name: str = EMBEDDED) -> Path:
+    """The files of an embedded model."""
+    return Path(__file__).parent / "embedded" / name
 
 
 def models_folder() -> Path:
@@ -37,23 +40,25 @@ def models_folder() -> Path:
 
 
 def list_models() -> tuple[str, ...]:
-    """Every model name that can be asked for; all but the embedded one need their weights on this machine."""
-    return (EMBEDDED, *PRESETS)
+    """Every model name that can be asked for; all but the embedded ones need their weights on this machine."""
+    return (*EMBEDDED_MODELS, *PRESETS)
 
 
 def find_model(name_or_dir: str | os.PathLike[str] | None) -> Path:
     """The folder of a model.
 
     Args:
-      name_or_dir: None or the embedded model's name; a folder with a ``model.json``; or a name of
+      name_or_dir: None or an embedded model's name; a folder with a ``model.json``; or a name of
         :func:`list_models` whose folder lies in :func:`models_folder`.
 
     Raises:
       UserInputError: an unknown name, a folder without ``model.json``, a known name without weights, or no home
         directory to look for them in.
     """
-    if name_or_dir is None or name_or_dir == EMBEDDED:
+    if name_or_dir is None:
         return embedded_folder()
+    if name_or_dir in EMBEDDED_MODELS:
+        return embedded_folder(str(name_or_dir))
     if not isinstance(name_or_dir, (str, os.PathLike)) or not str(name_or_dir).strip():
         raise UserInputError(
             f"model {name_or_dir!r}", "must be a folder or a model name", "leave it out for the default"
