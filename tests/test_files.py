@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from toprovar_jax.errors import UserInputError
-from toprovar_jax.files import check_output_dir, ensure_output_dir, write_new
+from toprovar_jax.files import check_output_dir, ensure_output_dir, replace_file, write_new
 
 
 def _fail_with(code: int):
@@ -99,3 +99,14 @@ def test_a_full_or_read_only_disk_is_refused_up_front(tmp_path, monkeypatch):
             with pytest.raises(UserInputError, match=reason):
                 ensure_output_dir(tmp_path / "new")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "a.bin"
+    replace_file(path, b"first")
+    replace_file(path, b"second")
+    assert path.read_bytes() == b"second"
+    monkeypatch.setattr(os, "write", _fail_with(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, b"third")
+    assert [(file.name, file.read_bytes()) for file in path.parent.iterdir()] == [("a.bin", b"second")]

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, and never over an existing one; output directories checked up front.
+"""Files that appear complete or not at all, over an existing one only on demand; output directories checked up front.
 
 Imports neither jax nor numpy: commands check where they will write before they touch a device.
 """
@@ -42,6 +42,22 @@ def write_new(directory: str | pathlib.Path, stem: str, suffix: str, content: by
         while not _publish(temporary, target):
             target = directory / f"{stem}-{next(numbers)}{suffix}"
     return target
+
+
+def replace_file(path: str | pathlib.Path, content: bytes | memoryview) -> None:
+    """Writes ``path`` in place of whatever has that name; readers see the old file or the new one, whole.
+
+    Args:
+      path: the file; its directory is created if it is missing.
+      content: the whole file.
+
+    Raises:
+      OSError: the directory cannot be written or the disk is full; the old file stays as it was.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary_file(path.parent, content) as temporary:
+        os.replace(temporary, path)
 
 
 def check_output_dir(path: str | pathlib.Path) -> None:

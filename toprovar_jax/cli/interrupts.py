@@ -17,9 +17,13 @@ class Interrupts:
     Compiled libraries answer a ``KeyboardInterrupt`` during their import or in their callbacks with an exception of
     their own, with or without its cause, or with a printed traceback and nothing else: only the signal itself is
     certain. Outside the main thread, where signals are not received, the chain of causes alone decides.
+
+    Args:
+      lost: what a Ctrl-C costs where there is nothing to lose, in words.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lost: str = "no picture was saved") -> None:
+        self._lost = lost
         self._pressed = False
         self._nothing_to_lose = False
         self._previous: Any = None
@@ -60,9 +64,9 @@ class Interrupts:
 
     def _receive(self, _signal: int, _frame: FrameType | None) -> None:
         if self._pressed or self._nothing_to_lose:
-            words = b"interrupted again; stopped at once" if self._pressed else b"interrupted; no picture was saved"
+            words = "interrupted again; stopped at once" if self._pressed else f"interrupted; {self._lost}"
             below_the_bar = b"\n" if os.isatty(2) else b""
-            os.write(2, below_the_bar + b"error: " + words + b"\n")
+            os.write(2, below_the_bar + b"error: " + words.encode() + b"\n")
             os._exit(130)
         self._pressed = True
         raise KeyboardInterrupt

@@ -2,88 +2,78 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
-import io
-import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import tyro
-from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
+from tyro.conf import UseAppendAction
 
 from toprovar_jax.cli.backend import check_backend
+from toprovar_jax.cli.command_line import flag_of, option, read_command_line
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.prompts import PromptRequest, read_prompts
 from toprovar_jax.settings import check_setting, parse_setting
-
-
-def _option(metavar: str, help: str) -> Any:
-    return arg(metavar=metavar, help=help, help_behavior_hint="")
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
     """The command line as typed: values stay text, so that a wrong one gets a one-line message when it is read."""
 
-    prompt: Annotated[UseAppendAction[tuple[str, ...]], _option("TEXT", "What to draw; repeat it for more.")] = ()
+    prompt: Annotated[UseAppendAction[tuple[str, ...]], option("TEXT", "What to draw; repeat it for more.")] = ()
     prompts_file: Annotated[
         str | None,
-        _option(
+        option(
             "FILE",
             "Prompts from a file: .txt, one a line; or .jsonl, one object a line, such as "
             '{"prompt": "a red sphere", "seed": 1, "guidance": 2} (any setting may differ per line).',
         ),
     ] = None
-    negative_prompt: Annotated[str | None, _option("TEXT", "What to avoid; acts through guidance.")] = None
-    positive_prompt: Annotated[bool, _option("", "Append standard words for good faces to prompts about people.")] = (
+    negative_prompt: Annotated[str | None, option("TEXT", "What to avoid; acts through guidance.")] = None
+    positive_prompt: Annotated[bool, option("", "Append standard words for good faces to prompts about people.")] = (
         False
     )
-    backend: Annotated[str | None, _option("cpu|gpu|tpu", "Where to run; default: the best device found.")] = None
+    backend: Annotated[str | None, option("cpu|gpu|tpu", "Where to run; default: the best device found.")] = None
     model: Annotated[
-        str | None, _option("NAME_OR_DIR", "A model by name or folder; default: the small embedded one.")
+        str | None, option("NAME_OR_DIR", "A model by name or folder; default: the small embedded one.")
     ] = None
-    policy: Annotated[str, _option("NAME", "Which computations to spare; dense spares none (default: dense).")] = (
-        "dense"
-    )
-    seed: Annotated[str, _option("N", "Seed of a prompt's first picture, counting up from there (default: 0).")] = "0"
-    num_images: Annotated[str, _option("K", "Pictures per prompt (default: 1).")] = "1"
+    policy: Annotated[str, option("NAME", "Which computations to spare; dense spares none (default: dense).")] = "dense"
+    seed: Annotated[str, option("N", "Seed of a prompt's first picture, counting up from there (default: 0).")] = "0"
+    num_images: Annotated[str, option("K", "Pictures per prompt (default: 1).")] = "1"
     batch_size: Annotated[
         str,
-        _option(
+        option(
             "B",
             "Pictures made together; each batch is saved before the next begins (default: 1). In exact precision, as "
             "on a CPU, they are computed one by one all the same, so a larger batch is no faster there.",
         ),
     ] = "1"
-    aspect_ratio: Annotated[str, _option("H:W", "Height to width, such as 4:3 (default: 1:1).")] = "1:1"
+    aspect_ratio: Annotated[str, option("H:W", "Height to width, such as 4:3 (default: 1:1).")] = "1:1"
     pixels: Annotated[
         str | None,
-        _option(
+        option(
             "BUDGET",
             "Picture size in pixels; default: the model's. The embedded model makes 0.004M (64x64) and nothing else; "
             "0.06M, 0.25M, 0.60M and 1M are for models with the official weights.",
         ),
     ] = None
     guidance: Annotated[
-        str | None, _option("X|X,X,...", "How closely to follow the prompt, one number or one per scale.")
+        str | None, option("X|X,X,...", "How closely to follow the prompt, one number or one per scale.")
     ] = None
-    tau: Annotated[str | None, _option("X|X,X,...", "Sampling temperature, one number or one per scale.")] = None
-    top_k: Annotated[str | None, _option("K", "Sample among the K likeliest values of each bit; 0: all.")] = None
-    top_p: Annotated[str | None, _option("P", "Sample within this probability mass of each bit, in (0, 1].")] = None
-    stop_after_scale: Annotated[str | None, _option("K", "Stop after K scales and decode what is there.")] = None
-    out: Annotated[str, _option("DIR", "Where pictures go; existing files are kept (default: outputs).")] = "outputs"
-    grid: Annotated[bool, _option("", "Also save all pictures on one sheet.")] = False
-    no_metadata: Annotated[bool, _option("", "Leave prompt, seed and settings out of the PNG files.")] = False
-    json: Annotated[bool, _option("", "Print one JSON object instead of one path a line.")] = False
-    quiet: Annotated[bool, _option("", "No progress, no summary, no warnings; only errors.")] = False
-    dry_run: Annotated[bool, _option("", "Check everything and show the plan, but make nothing.")] = False
+    tau: Annotated[str | None, option("X|X,X,...", "Sampling temperature, one number or one per scale.")] = None
+    top_k: Annotated[str | None, option("K", "Sample among the K likeliest values of each bit; 0: all.")] = None
+    top_p: Annotated[str | None, option("P", "Sample within this probability mass of each bit, in (0, 1].")] = None
+    stop_after_scale: Annotated[str | None, option("K", "Stop after K scales and decode what is there.")] = None
+    out: Annotated[str, option("DIR", "Where pictures go; existing files are kept (default: outputs).")] = "outputs"
+    grid: Annotated[bool, option("", "Also save all pictures on one sheet.")] = False
+    no_metadata: Annotated[bool, option("", "Leave prompt, seed and settings out of the PNG files.")] = False
+    json: Annotated[bool, option("", "Print one JSON object instead of one path a line.")] = False
+    quiet: Annotated[bool, option("", "No progress, no summary, no warnings; only errors.")] = False
+    dry_run: Annotated[bool, option("", "Check everything and show the plan, but make nothing.")] = False
     strict: Annotated[
-        bool, _option("", "Refuse whatever would otherwise only warn, such as a prompt that is too long.")
+        bool, option("", "Refuse whatever would otherwise only warn, such as a prompt that is too long.")
     ] = False
-    debug: Annotated[bool, _option("", "On failure, show the whole traceback.")] = False
+    debug: Annotated[bool, option("", "On failure, show the whole traceback.")] = False
 
 
 def parse_options(argv: Sequence[str], *, prog: str = "generate.py") -> GenerateOptions:
@@ -96,26 +86,7 @@ def parse_options(argv: Sequence[str], *, prog: str = "generate.py") -> Generate
     Raises:
       UserInputError: an unknown option, an option without its value, or a stray word.
     """
-    _refuse_missing_values(argv)
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            options, unknown = tyro.cli(
-                GenerateOptions,
-                args=list(argv),
-                prog=prog,
-                description="Make pictures from text.",
-                config=(FlagCreatePairsOff,),
-                return_unknown_args=True,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        words = "".join(character for character in said.getvalue() if character not in "╭╮╰╯│─")
-        raise UserInputError("options", f"could not be read ({' '.join(words.split())})", "see --help") from None
-    if unknown:
-        raise _unexpected(unknown[0])
-    return options
+    return read_command_line(GenerateOptions, argv, prog=prog, description="Make pictures from text.")
 
 
 def requests_of(options: GenerateOptions) -> list[PromptRequest]:
@@ -146,7 +117,7 @@ def settings_of(options: GenerateOptions) -> dict[str, Any]:
     settings: dict[str, Any] = {"positive_prompt": options.positive_prompt}
     for name in (*typed, "top_k", "top_p", "stop_after_scale"):
         text = getattr(options, name)
-        settings[name] = None if text is None else parse_setting(name, text, label=_flag_of(name))
+        settings[name] = None if text is None else parse_setting(name, text, label=flag_of(name))
     return settings
 
 
@@ -176,38 +147,3 @@ def folder_of(options: GenerateOptions) -> pathlib.Path:
             f"--out {options.out!r}", "must name a directory", "for example outputs, or . for this one"
         )
     return pathlib.Path(options.out)
-
-
-def _flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _fields() -> dict[str, dataclasses.Field[Any]]:
-    return {_flag_of(field.name): field for field in dataclasses.fields(GenerateOptions)}
-
-
-def _refuse_missing_values(argv: Sequence[str]) -> None:
-    fields = _fields()
-    for word, following in itertools.zip_longest(argv, argv[1:]):
-        field = fields.get(word.replace("_", "-"))
-        if field is None or isinstance(field.default, bool):
-            continue
-        if following is None or following.startswith("--") or (following.startswith("-") and not _is_number(following)):
-            hint = f" (a value that starts with a dash is written {word}=VALUE)" if following else ""
-            raise UserInputError(word, "needs a value", f"write one after it{hint}")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.split(",")[0])
-    except ValueError:
-        return False
-    return True
-
-
-def _unexpected(word: str) -> UserInputError:
-    if word.startswith("-"):
-        name = word.partition("=")[0]
-        close = difflib.get_close_matches(name, _fields(), n=1)
-        return UserInputError(f"option {name}", "is not known", f"did you mean {close[0]}?" if close else "see --help")
-    return UserInputError(f"{word!r}", "belongs to no option", "put a prompt of several words in quotes")

@@ -1,0 +1,40 @@
+"""The toprovar command: ``toprovar generate ...``, ``toprovar explain ...``, ``toprovar calibrate ...``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from toprovar_jax.cli.outcome import fail
+
+COMMANDS = {
+    "generate": "make pictures from text",
+    "explain": "show how one picture is made, and what a policy spared",
+    "calibrate": "measure a model, and write the constants of the toprovar policies for it",
+}
+"""Each is a module of this package with a ``main``."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hands the words after a command's name to that command and returns its exit status; 2 for an unknown command."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("--help", "-h"):
+        print(_help())
+        return 0
+    if argv and argv[0] in COMMANDS:
+        command = importlib.import_module(f"toprovar_jax.cli.{argv[0]}")
+        return command.main(argv[1:], prog=f"{os.path.basename(sys.argv[0])} {argv[0]}")
+    named = f"command {argv[0]!r}" if argv else "no command"
+    return fail(2, f"{named}: must be one of {', '.join(COMMANDS)}; see toprovar --help")
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(["usage: toprovar COMMAND ...", "", *lines, "", "toprovar COMMAND --help lists its options."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
