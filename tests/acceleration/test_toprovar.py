@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -95,6 +96,17 @@ def test_groups_are_few_and_never_mix_guards_with_others():
         assert (ranges[0], ranges[-1]) == ((0, 1), (7, 8))
 
 
+def test_neighbours_whose_buckets_never_differ_are_one_group():
+    fine = plan_of(ToProVAR(depth_rule="fixed", depth=10, layer_scores=SCORES, bucket=1))
+    coarse = plan_of(ToProVAR(depth_rule="fixed", depth=10, layer_scores=SCORES, bucket=1024))
+    assert len(fine.scales[0].groups) == 8
+    assert len(coarse.scales[0].groups) < 8
+    for groups in zip(*(scale.groups for scale in coarse.scales), strict=True):
+        assert len({(group.start, group.stop) for group in groups}) == 1
+    columns = list(zip(*([group.kept for group in scale.groups] for scale in coarse.scales), strict=True))
+    assert all(a != b for a, b in itertools.pairwise(columns))
+
+
 def test_leaving_out_layers_leaves_out_the_detail_layers():
     plan = plan_of(ToProVAR(depth_rule="fixed", depth=10, layer_scores=SCORES, prune="layers"))
     kept = {layer: group.kept for group in plan.scales[12].groups for layer in range(group.start, group.stop)}
@@ -148,6 +160,14 @@ class TestOnlineLayerScores:
             ToProVAR(online=True)
 
 
+def checked(**changes):
+    """The policy's own check; the constructor's type hints are enforced in tests alone, and would come first."""
+    policy = object.__new__(ToProVAR)
+    for field in dataclasses.fields(ToProVAR):
+        object.__setattr__(policy, field.name, changes.get(field.name, field.default))
+    policy.__post_init__()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -171,7 +191,7 @@ class TestOnlineLayerScores:
 )
 def test_values_out_of_range_are_refused_by_name(changes, words):
     with pytest.raises(UserInputError) as caught:
-        ToProVAR(**changes)
+        checked(**changes)
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert "\n" not in message

@@ -216,8 +216,11 @@ class ToProVAR:
         found = {choice: plan for choice, plan in found.items() if plan.depth is not None and plan.depth <= last}
         if not found:
             return self._pruned_from(len(schedule) + 1, 0, patterns[0], ((0, num_layers),), **options)
+        found = dict(zip(found, _with_fewest_groups(list(found.values()), self.sampled), strict=True))
         if self.depth_rule == "fixed" and not self.online:
             return dataclasses.replace(next(iter(found.values())), choice=())
+        shared = next(iter(found.values())).scales[0].groups
+        ranges = [(group.start, group.stop) for group in shared]
         undecided = self._pruned_from(len(schedule) + 1, 0, patterns[0], ranges, **options)
         if self.online:
             if self.representative_scale >= min(depths):
@@ -346,6 +349,38 @@ class ToProVAR:
                 f"must not exceed the {kept} tokens that alpha_max {self.alpha_max} leaves",
                 "lower region_minimum or alpha_max",
             )
+
+
+def _with_fewest_groups(plans: Sequence[GenerationPlan], sampled: bool) -> list[GenerationPlan]:
+    """The same plans with neighbouring layer groups joined that never differ in any of them.
+
+    Budgets are rounded to buckets, so different layer scores often come to the same number of tokens.
+    """
+    rows = [scale.groups for plan in plans for scale in plan.scales]
+
+    def alike(index: int) -> bool:
+        pairs = [(groups[index - 1], groups[index]) for groups in rows]
+        return all(a.kept == b.kept and (a.weight == b.weight or not sampled) for a, b in pairs)
+
+    count = len(rows[0]) if rows else 0
+    starts = [index for index in range(count) if index == 0 or not alike(index)]
+    spans = list(zip(starts, [*starts[1:], count], strict=True))
+    return [
+        dataclasses.replace(
+            plan,
+            scales=tuple(
+                dataclasses.replace(scale, groups=tuple(_joined(scale.groups[a:b]) for a, b in spans))
+                for scale in plan.scales
+            ),
+        )
+        for plan in plans
+    ]
+
+
+def _joined(groups: Sequence[GroupPlan]) -> GroupPlan:
+    layers = groups[-1].stop - groups[0].start
+    weight = math.fsum(group.weight * (group.stop - group.start) for group in groups) / layers
+    return GroupPlan(groups[0].start, groups[-1].stop, groups[0].kept, weight)
 
 
 _CHOICES = {
