@@ -23,3 +23,17 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 def golden() -> pathlib.Path:
     """The folder of reference outputs (see tests/golden/README.md)."""
     return pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def compiled():
+    """Names of what jax has compiled since the test began, small operations included."""
+    names = []
+
+    def listen(event: str, duration_secs: float, **_) -> None:
+        if event.endswith("backend_compile_duration"):
+            names.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
