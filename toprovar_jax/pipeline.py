@@ -296,7 +296,7 @@ class InfinityPipeline:
         request = self.resolve(prompts, **{name: value for name, value in options.items() if name in names})
         if request.plan.alternatives:
             sampling = _on_device(request.sampling, len(request.plan.schedule))
-            together = 1 if self._one_by_one else batch_size
+            together = 1 if self._one_by_one else request.batch_size
             rows = list(range(together))
             keys = _keys([request.seeds[row] for row in rows])
             self.drivers.prepare(request.tokens.images(rows), keys, sampling, request.plan)

@@ -37,6 +37,36 @@ def test_what_is_no_plan_is_refused_in_one_line(text):
     assert "\n" not in str(caught.value)
 
 
+def _change(described, path, value):
+    for name in path[:-1]:
+        described = described[name]
+    described[path[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("scales", 12, "groups", 1, "kept"), 10**6, "kept 1000000 at scale 13"),
+        (("scales", 12, "groups", 1, "kept"), -3, "kept -3"),
+        (("scales", 3, "grid"), [5, 5], "those of its schedule"),
+        (("scales",), [], "those of its schedule"),
+        (("scales", 3, "run"), False, "run flags"),
+        (("scales", 3, "groups"), [], "layer groups"),
+        (("scales", 3, "groups", 0, "stop"), 5, "layer groups"),
+        (("restoration",), "foo", "foo"),
+        (("selection", "importance"), "foo", "foo"),
+        (("memory", "cache_lengths"), [1], "memory"),
+    ],
+    ids=str,
+)
+def test_a_plan_that_contradicts_itself_is_refused(path, value, words):
+    described = json.loads(plan_of(ADAPTIVE).to_json())
+    _change(described, path, value)
+    with pytest.raises(UserInputError, match=words) as caught:
+        GenerationPlan.from_dict(described)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_description_with_a_wrong_field_is_refused():
     described = plan_of(FIXED).as_dict()
     described["scales"][3]["groups"][0]["kept"] = "many"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from toprovar_jax.acceleration import Dense, FixedPlan, ToProVAR
+from toprovar_jax.acceleration import Dense, FixedPlan, Selection, ToProVAR
 from toprovar_jax.acceleration.entropy import resize_map
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.generation import (
@@ -146,6 +146,34 @@ class TestOneLayer:
             worst = np.sort(old[layer][kept[layer]])
             assert worst.max() <= out.min() + 1e-6
 
+    @pytest.mark.parametrize("name", ["distance", "random", "sampled"])
+    def test_other_choices_keep_the_tokens_their_score_names(self, model, arrived, name):
+        """Against numpy: the first two layers' kept tokens, without a region minimum."""
+        plan, _, state, before = arrived
+        changes = {"sampled": True, "alpha_min": 0.3, "alpha_max": 0.9} if name == "sampled" else {"importance": name}
+        selection = Selection(**changes)
+        chosen = dataclasses.replace(plan, selection=selection)
+        _, trace = self.run(model, arrived, chosen)
+        kept = np.asarray(trace.statistics.kept)[0]
+        old = np.asarray(resize_map(before.entropy[0], SCHEDULE.grids[2], SCHEDULE.grids[3]), np.float64)
+        weights = [group.weight for group in plan.scales[3].groups for _ in range(group.start, group.stop)]
+        layers = {"distance": [0], "random": [0, 1], "sampled": [0, 1]}[name]
+        for layer in layers:
+            stream = jax.random.fold_in(jax.random.fold_in(tiny.keys(1)[0], 2**20 + 3), layer)
+            uniforms = np.asarray(jax.random.uniform(stream, (36,), jnp.float32), np.float64)
+            if name == "distance":
+                x = np.asarray(model.transformer.embed(state.inputs), np.float64)[0]
+                score = np.sum((x - x.mean(axis=0)) ** 2, axis=-1)
+            elif name == "random":
+                score = uniforms
+            else:
+                ranks = np.argsort(np.argsort(old[layer])) / 35
+                score = 1 - np.clip(0.3 + 0.6 * weights[layer] * ranks, 0, 1) - uniforms
+            best = np.argsort(-score)[: kept[layer].sum()]
+            assert set(np.flatnonzero(kept[layer])) == set(best.tolist())
+        if name == "random":
+            assert set(np.flatnonzero(kept[0])) != set(np.flatnonzero(kept[1]))
+
     def test_tokens_that_are_not_computed_get_the_increments_of_the_last_dense_scale(self, model, arrived):
         """With every layer left out, the residual stream is the input plus all resized increments."""
         from toprovar_jax.acceleration.restoration import resize_increments
@@ -275,12 +303,22 @@ def test_after_warm_up_nothing_compiles_whatever_the_depth(folder):
     assert pipe.drivers.num_executables == count
 
 
+def test_a_preview_draws_the_first_scales_of_the_whole(pipe):
+    policy = dataclasses.replace(DECIDING, min_depth=3, tau=1.0)
+    whole = pipe(PROMPTS[0], seed=4, policy=policy, output_type="np")
+    part = pipe(PROMPTS[0], seed=4, policy=policy, stop_after_scale=2, output_type="np")
+    assert depths(whole) == [3]
+    for ours, theirs in zip(part.bits, whole.bits[:2], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_a_batch_whose_images_part_ways_goes_on_in_padded_groups(folder):
     """In fast precision a batch is computed at once; images with another depth leave it, and nothing compiles."""
     pipe = InfinityPipeline(load_model(folder, precision="fast"))
     tau = tau_that_divides(InfinityPipeline(load_model(folder, precision="fast")))
     policy = dataclasses.replace(DECIDING, tau=tau, min_depth=3, max_depth=3)
-    count = pipe.warmup(policy=policy, batch_size=5)
+    assert pipe.warmup(policy=policy, num_images_per_prompt=5) == pipe.warmup(policy=policy, batch_size=5)
+    count = pipe.drivers.num_executables
     assert count == len(pipe.plan_for(policy).executables(batch_size=5))
     together = pipe(PROMPTS, seed=0, policy=policy, output_type="np")
     assert set(depths(together)) == {3, None}

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from toprovar_jax.acceleration import POLICIES, ScaleStatistics, ToProVAR, policy_named
-from toprovar_jax.acceleration.budgets import kept_tokens, prune_ratio
+from toprovar_jax.acceleration.budgets import kept_tokens, prune_ratio, region_minimums
 from toprovar_jax.errors import UserInputError
-from toprovar_jax.schedule import ScaleSchedule
+from toprovar_jax.schedule import ASPECT_RATIOS, PIXEL_BUDGETS, ScaleSchedule
 
 LAYERS = 8
 SCHEDULE = ScaleSchedule.of("1:1", 13)
@@ -76,8 +76,9 @@ def test_short_schedules_may_be_pruned_at_their_last_scale():
     assert [other.depth for other in plan.alternatives] == [5]
 
 
-def test_budgets_follow_the_papers_equation():
-    policy = ToProVAR(depth_rule="fixed", depth=10, layer_scores=SCORES, max_groups=8)
+@pytest.mark.parametrize("most", [8, 2])
+def test_budgets_follow_the_papers_equation(most):
+    policy = ToProVAR(depth_rule="fixed", depth=10, layer_scores=SCORES, max_groups=most)
     plan = plan_of(policy)
     for number in (10, 13):
         scale = plan.scales[number - 1]
@@ -105,6 +106,38 @@ def test_neighbours_whose_buckets_never_differ_are_one_group():
         assert len({(group.start, group.stop) for group in groups}) == 1
     columns = list(zip(*([group.kept for group in scale.groups] for scale in coarse.scales), strict=True))
     assert all(a != b for a, b in itertools.pairwise(columns))
+
+
+@pytest.mark.parametrize("ratio", ASPECT_RATIOS)
+def test_the_defaults_fit_every_size(ratio):
+    for scales in (2, 5, *PIXEL_BUDGETS.values()):
+        for policy in (ToProVAR(), ToProVAR(bucket=1), ToProVAR.fast()):
+            plan = plan_of(policy, ScaleSchedule.of(ratio, scales))
+            for other in plan.alternatives:
+                for scale in other.scales[: other.num_run]:
+                    needed = sum(region_minimums(scale.grid, policy.regions, policy.region_minimum))
+                    assert all(group.kept >= needed for group in scale.groups)
+
+
+def test_where_regions_need_more_than_the_bucket_it_grows():
+    # 2:1 at 0.06M: a sixteenth of 242 tokens, rounded up region by region, is more than the bucket of 16.
+    schedule = ScaleSchedule.of("2:1", 7)
+    scale = plan_of(ToProVAR(depth_rule="fixed", depth=7), schedule).scales[-1]
+    assert scale.tokens == 242
+    assert min(group.kept for group in scale.groups) == 32
+    without = plan_of(ToProVAR(depth_rule="fixed", depth=7, region_minimum=0.0), schedule).scales[-1]
+    assert min(group.kept for group in without.groups) == 16
+
+
+def test_a_preview_is_the_beginning_of_the_whole():
+    whole = plan_of(ToProVAR(min_depth=4))
+    for stop in range(1, 13):
+        part = plan_of(ToProVAR(min_depth=4), stop_after=stop)
+        assert {other.depth for other in part.alternatives} == {d for d in range(4, 12) if d <= stop}
+        for other in part.alternatives:
+            (same,) = [candidate for candidate in whole.alternatives if candidate.choice == other.choice]
+            kept = [[g.kept for g in scale.groups for _ in range(g.start, g.stop)] for scale in other.scales[:stop]]
+            assert kept == [[g.kept for g in s.groups for _ in range(g.start, g.stop)] for s in same.scales[:stop]]
 
 
 def test_leaving_out_layers_leaves_out_the_detail_layers():
@@ -184,6 +217,10 @@ def checked(**changes):
         ({"depth": 9.0}, ("depth 9.0", "integer")),
         ({"bucket": 0}, ("bucket 0", "at least 1")),
         ({"skip_last": True}, ("skip_last True", "integer")),
+        ({"sampled": "false"}, ("sampled 'false'", "True or False")),
+        ({"beta": float("inf")}, ("beta inf", "above 0")),
+        ({"layer_scores": 0.5}, ("layer scores 0.5", "sequence")),
+        ({"patterns": (0.5,)}, ("patterns (0.5,)", "sequence")),
         ({"depth_rule": "less"}, ("depth_rule", "less")),
         ({"importance": "norm"}, ("importance", "norm")),
         ({"layer_scores": (0.5, 1.5)}, ("layer scores", "0 to 1")),
@@ -197,12 +234,24 @@ def test_values_out_of_range_are_refused_by_name(changes, words):
     assert "\n" not in message
 
 
+def test_numbers_and_lists_of_any_library_are_taken():
+    policy = object.__new__(ToProVAR)
+    given = {"tau": np.float32(0.5), "depth": np.int64(9), "layer_scores": [np.float32(0.5)] * 8, "alpha_max": 1}
+    for field in dataclasses.fields(ToProVAR):
+        object.__setattr__(policy, field.name, given.get(field.name, field.default))
+    policy.__post_init__()
+    assert policy == ToProVAR(tau=0.5, depth=9, layer_scores=(0.5,) * 8, alpha_max=1.0)
+    assert hash(policy) == hash(ToProVAR(tau=0.5, depth=9, layer_scores=(0.5,) * 8, alpha_max=1.0))
+
+
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
         (ToProVAR(num_scales=7, model="small"), ("calibrated on 7 scales of model small", "13")),
         (ToProVAR(layer_scores=(0.5,) * 6, model="small"), ("6 layers (model small)", "8")),
-        (ToProVAR(region_minimum=0.5), ("region_minimum 0.5", "tokens", "alpha_max 0.95")),
+        (ToProVAR(region_minimum=0.5), ("region_minimum 0.5 at scale 7", "0.35", "alpha_max 0.95")),
+        (ToProVAR(region_minimum=0.06), ("region_minimum 0.06 at scale 13", "0.05 ", "alpha_min 0.3")),
+        (ToProVAR(alpha_max=1.0), ("region_minimum 0.05 at scale 13", "share 0 ")),
         (ToProVAR(guard_first=0.6, guard_last=0.4), ("guard_first 0.6", "none of 8 layers")),
     ],
 )

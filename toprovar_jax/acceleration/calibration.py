@@ -116,6 +116,8 @@ def _profile(where: str, values: Mapping[str, Any], num_layers: int) -> dict[str
             )
     try:
         ToProVAR(**converted)
+    except OverflowError:
+        raise UserInputError(f"calibration {where}", "must hold numbers that a float can be", _REMEDY) from None
     except UserInputError as error:
         raise UserInputError(f"calibration {where}: {error.value}", error.rule, error.remedy) from None
     return converted

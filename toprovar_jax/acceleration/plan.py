@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from toprovar_jax.acceleration.budgets import padded_sizes
+from toprovar_jax.acceleration.checking import check_plan
 from toprovar_jax.acceleration.step import DEFAULT_SELECTION, GroupStep, ScaleStep, Selection
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.schedule import Grid, ScaleSchedule
@@ -365,7 +366,7 @@ class GenerationPlan:
             schedule["grids"] = tuple(tuple(grid) for grid in schedule["grids"])
             schedule["finest_grid"] = tuple(schedule["finest_grid"])
             memory = described["memory"]
-            return cls(
+            plan = cls(
                 policy=described["policy"],
                 schedule=ScaleSchedule(**schedule),
                 scales=tuple(
@@ -388,7 +389,11 @@ class GenerationPlan:
                 alternatives=tuple(cls.from_dict(other) for other in described["alternatives"]),
                 memory=None if memory is None else Memory(*(tuple(field) for field in memory.values())),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            check_plan(plan)
+            return plan
+        except UserInputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserInputError(
                 f"plan description ({type(error).__name__}: {error})", "must be what as_dict gave", "make it again"
             ) from None

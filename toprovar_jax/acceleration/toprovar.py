@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -18,7 +19,7 @@ from toprovar_jax.acceleration.dense import scales_to_run
 from toprovar_jax.acceleration.plan import GenerationPlan, GroupPlan, Restoration, ScalePlan
 from toprovar_jax.acceleration.step import Importance, Normalisation, Selection
 from toprovar_jax.errors import UserInputError, unknown_name
-from toprovar_jax.schedule import ScaleSchedule
+from toprovar_jax.schedule import Grid, ScaleSchedule
 
 DepthRule = Literal["le", "ge", "band", "fixed"]
 Prune = Literal["tokens", "layers", "scales"]
@@ -64,7 +65,7 @@ class ToProVAR:
       normalisation: of entropies in that probability: ``"rank"``, ``"minmax"``, ``"count"`` (mean 1), or ``"sum"``, the
         paper's Eq. 5, which with Eq. 6 gives every token practically the same chance.
       regions, region_minimum: at most so many regions per axis, and the share of every region's tokens that is kept
-        (the paper demands a minimum per region and states no value).
+        (the paper demands a minimum per region and states no value); not more than the budget's share.
       bucket: kept tokens are a multiple of this; None: 128, less at small scales.
       restoration: what pruned tokens get (not stated in the paper): ``"cached"``, the layer's increment at the last
         dense scale, area-resized, or ``"identity"``, nothing, as in the paper's error analysis.
@@ -106,12 +107,15 @@ class ToProVAR:
     num_scales: int | None = None
 
     def __post_init__(self) -> None:
+        self._normalise()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 raise unknown_name(name, getattr(self, name), get_args(choices))
         for name in _SHARES:
             _check(name, getattr(self, name), _is_number(getattr(self, name), 0.0, 1.0), "must be a number from 0 to 1")
-        _check("beta", self.beta, _is_number(self.beta, 0.0, math.inf) and self.beta > 0, "must be a number above 0")
+        _check("beta", self.beta, _is_number(self.beta, 0.0, 1e9) and self.beta > 0, "must be a number above 0")
+        for name in ("online", "center", "sampled"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "must be True or False")
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
             _check(name, value, _is_integer(value, least), f"must be an integer of at least {least}")
@@ -136,6 +140,20 @@ class ToProVAR:
             raise UserInputError(
                 "online layer scores without patterns", "need R patterns to choose from", "use from_calibration"
             )
+
+    def _normalise(self) -> None:
+        """Numbers of numpy become Python's and lists tuples: the policy is a key of compiled programs."""
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+        try:
+            object.__setattr__(self, "layer_scores", tuple(map(_plain, self.layer_scores)))
+            object.__setattr__(self, "patterns", tuple(tuple(map(_plain, pattern)) for pattern in self.patterns))
+        except TypeError:
+            raise UserInputError(
+                f"layer scores {self.layer_scores!r} and patterns {self.patterns!r}",
+                "must be a sequence of numbers and a sequence of such sequences",
+                "calibrate again",
+            ) from None
 
     @classmethod
     def fast(cls, **changes: Any) -> ToProVAR:
@@ -206,7 +224,7 @@ class ToProVAR:
         if self.depth_rule == "fixed":
             depths = [min(max(self.depth, 2), len(schedule))]
         else:
-            depths = list(range(min(self.min_depth, last), min(self.max_depth, last) + 1))
+            depths = list(range(min(self.min_depth, len(schedule)), min(self.max_depth, len(schedule)) + 1))
         depths = [depth for depth in depths if 2 <= depth <= last]
         found = {
             (depth, index): self._pruned_from(depth, index, pattern, ranges, **options)
@@ -316,10 +334,7 @@ class ToProVAR:
                 score = sum(pattern[start:end]) / (end - start)
                 guarded = end <= first or start >= stop
                 weight = number / len(schedule) * score
-                kept = tokens
-                if pruned and not guarded:
-                    kept = self._kept(tokens, score, weight)
-                    self._check_regions(number, grid, tokens, kept)
+                kept = self._kept(number, grid, score, weight) if pruned and not guarded else tokens
                 groups.append(GroupPlan(start, end, kept, weight))
             run = number <= last and not (pruned and self.prune == "scales")
             scales.append(ScalePlan(grid, run, guided, tuple(groups)))
@@ -333,22 +348,30 @@ class ToProVAR:
             choice=(depth, pattern_index) if depth <= len(schedule) else (),
         )
 
-    def _kept(self, tokens: int, score: float, weight: float) -> int:
+    def _kept(self, number: int, grid: Grid, score: float, weight: float) -> int:
+        """Tokens that a layer group computes of a pruned scale.
+
+        Regions round their minimum up one by one, so where the bucket is smaller than their sum it grows.
+        """
+        tokens = grid[0] * grid[1]
         if self.prune == "layers":
             return 0 if score >= self.detail_threshold else tokens
         if self.prune == "scales":
             return tokens
-        return kept_tokens(tokens, prune_ratio(self.alpha_min, self.alpha_max, weight), self.bucket)
-
-    def _check_regions(self, number: int, grid: tuple[int, int], tokens: int, kept: int) -> None:
-        needed = sum(region_minimums(grid, self.regions, self.region_minimum))
-        if 0 < kept < tokens and needed > kept:
+        ratio = prune_ratio(self.alpha_min, self.alpha_max, weight)
+        if self.region_minimum > 1.0 - ratio + _ROUNDING:
             raise UserInputError(
-                f"region_minimum {self.region_minimum}, {needed} tokens in the {self.regions} x {self.regions} regions "
-                f"of scale {number},",
-                f"must not exceed the {kept} tokens that alpha_max {self.alpha_max} leaves",
-                "lower region_minimum or alpha_max",
+                f"region_minimum {self.region_minimum} at scale {number}",
+                f"must not exceed the share {1.0 - ratio:.3g} that alpha_min {self.alpha_min} and alpha_max "
+                f"{self.alpha_max} leave of its tokens",
+                "lower one of them",
             )
+        kept = kept_tokens(tokens, ratio, self.bucket)
+        needed = sum(region_minimums(grid, self.regions, self.region_minimum))
+        return max(kept, kept_tokens(tokens, 1.0 - needed / tokens, self.bucket))
+
+
+_ROUNDING = 1e-9
 
 
 def _with_fewest_groups(plans: Sequence[GenerationPlan], sampled: bool) -> list[GenerationPlan]:
@@ -397,6 +420,13 @@ _INTEGERS = {
     **{"depth": 2, "min_depth": 2, "max_depth": 2, "representative_scale": 1},
     **{"max_groups": 1, "regions": 1, "skip_last": 0},
 }
+
+
+def _plain(value: Any) -> Any:
+    """A number of any library as Python's own; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _check(name: str, value: object, legal: bool, rule: str) -> None:
