@@ -34,7 +34,7 @@ from pallas_kernels.ahead_of_time import (
 from pallas_kernels.attention import AttentionOutput, attention
 from pallas_kernels.attention.cases import CASES
 from pallas_kernels.report import Parser
-from toprovar_jax.acceleration import Dense
+from toprovar_jax.acceleration import AccelerationPolicy, Dense, ToProVAR
 from toprovar_jax.generation import Text, condition_on, initial_state, make_plan, scale_step
 from toprovar_jax.model import Infinity
 from toprovar_jax.presets import PRESETS
@@ -99,12 +99,19 @@ def sharded_program(target: str) -> Program:
     return Program(target, "64x64 bf16 entropy, 8 rows over 4x4 chips", build)
 
 
-def model_programs(target: str, scales: Iterable[int] = (6, 12)) -> Iterator[Program]:
+DENSE = Dense()
+PRUNING = ToProVAR(depth_rule="fixed", depth=10)
+"""Its ninth scale returns entropies and records increments; from the tenth on tokens are gathered and scattered."""
+
+
+def model_programs(
+    target: str, policy: AccelerationPolicy = DENSE, scales: Iterable[int] = (6, 12)
+) -> Iterator[Program]:
     """Scales of Infinity-2B at one megapixel, guided, one image, with the kernel in every block."""
     mesh = tpu_mesh(TPU_SINGLE_HOST[target])
     card = PRESETS["infinity-2b"].with_precision("fast")
     config = dataclasses.replace(card.transformer, attention=("mosaic_tpu",))
-    plan = make_plan(card.schedule("1:1", "1M"), Sampling(), Dense(), num_layers=config.num_layers)
+    plan = make_plan(card.schedule("1:1", "1M"), Sampling(), policy, num_layers=config.num_layers)
     jitted = jax.jit(scale_step, static_argnames="step", donate_argnums=2)
 
     def arguments(scale: int):
@@ -126,12 +133,13 @@ def model_programs(target: str, scales: Iterable[int] = (6, 12)) -> Iterator[Pro
     def build(scale: int):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             given = arguments(scale)
-        # One kernel for the attention over the cache, one for that over the text; layers are a loop.
-        return tpu_facts(compile_for(mesh, jitted, *given, step=plan.step(scale)), kernels=2)
+        # One kernel for the attention over the cache, one for that over the text; the layers of a group are a loop.
+        step = plan.step(scale)
+        return tpu_facts(compile_for(mesh, jitted, *given, step=step), kernels=2 * len(step.groups))
 
     for scale in scales:
         side = int(np.sqrt(CASES["infinity"][scale].num_queries))
-        yield Program(target, f"Infinity-2B, scale {side}x{side}", lambda scale=scale: build(scale))
+        yield Program(target, f"Infinity-2B {policy.name}, scale {side}x{side}", lambda scale=scale: build(scale))
 
 
 def as_loaded(transformer: Infinity) -> Infinity:
@@ -153,7 +161,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not start(why_no_tpu_compiler(), TPU_ENVIRONMENT):
         return 2
     programs = itertools.chain.from_iterable(
-        (*kernel_programs(target), sharded_program(target), *model_programs(target)) for target in targets
+        (
+            *kernel_programs(target),
+            sharded_program(target),
+            *model_programs(target),
+            # One target will do for what is not in the kernels, and it takes minutes.
+            *(model_programs(target, PRUNING, scales=(8, 10)) if target == "v5e" else ()),
+        )
+        for target in targets
     )
     return report(programs, COLUMNS, "TPU")
 
