@@ -316,7 +316,7 @@ def test_every_aspect_ratio_runs(large_tokens, ratio):
     assert after.latents.shape == (1, 2 * height, 2 * width, tiny.TRANSFORMER.latent_channels)
     assert after.inputs.shape == (1, height * width, 32)
     assert np.isfinite(after.inputs).all()
-    written = np.asarray(after.cache.keys[:, :, schedule.offsets[2] : schedule.offsets[3]])
+    written = np.asarray(after.memory[0].cache.keys[:, :, schedule.offsets[2] : schedule.offsets[3]])
     assert (np.abs(written).max(axis=(2, 3, 4)) > 0).all()
 
 
