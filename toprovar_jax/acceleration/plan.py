@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -184,8 +185,16 @@ class GenerationPlan:
         return dataclasses.replace(self, observe=True, alternatives=others)
 
     def step(self, scale: int) -> ScaleStep:
-        """Everything static about one scale; equal steps are one executable."""
-        plan, here = self.scales[scale], scale
+        """Everything static about one computed scale; equal steps are one executable."""
+        return self._steps[scale]
+
+    @functools.cached_property
+    def _steps(self) -> tuple[ScaleStep, ...]:
+        # Kept, since a generation asks for every one of them between two programs on the device.
+        return tuple(self._make_step(scale) for scale in range(self.num_run))
+
+    def _make_step(self, here: int) -> ScaleStep:
+        plan = self.scales[here]
         last = here == self.num_run - 1
         memory = self.memory or self.own_memory
         groups = tuple(
@@ -313,14 +322,6 @@ class GenerationPlan:
             return None
         first = self.first_pruned
         return scale - 1 if first is None else min(first - 1, scale - 1)
-
-    def guided_blocks(self, depth: int) -> tuple[int, ...]:
-        """Indices of the blocks after which the rows are blended.
-
-        Raises:
-          UserInputError: an entry of ``guidance_at`` that is neither 0 nor a negative block index.
-        """
-        return self.step(0).guided_blocks(depth)
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-ready description; :meth:`from_dict` reads it."""
