@@ -45,8 +45,8 @@ format: $(VENV)/.test
 parity: $(VENV)/.test
 	$(BIN)/python tests/parity.py tests/golden
 
-# Trains an embedded model: image tokenizer, transformer and text encoder, export as a model folder. The other one:
-# make train-scenes SCENES=.cache/medium RECIPE="--recipe scenes-medium --tokenizer-steps 320 --steps 1000"
+# Trains an embedded model: image tokenizer, transformer and text encoder, export as a model folder. Another one:
+# make train-scenes SCENES=.cache/base RECIPE="--recipe scenes-base --minutes 24 --parts-mb 15"   (one GPU)
 train-scenes: $(VENV)/.demo
 	$(BIN)/python -m toprovar_jax.training.scenes all --directory $(SCENES) $(RECIPE)
 
@@ -56,9 +56,10 @@ pruning-report: $(VENV)/.test
 	$(BIN)/python benchmarks/pruning_curve.py --model scenes-medium
 	$(BIN)/python benchmarks/readme_tables.py
 
-# The embedded model's score on 24 prompts, with a contact sheet, into benchmarks/results.
+# The embedded models' scores on the six tasks, with contact sheets, into benchmarks/results.
 scenes-report: $(VENV)/.demo
-	$(BIN)/python benchmarks/scenes_prompts.py
+	$(BIN)/python benchmarks/scenes_report.py
+	$(BIN)/python benchmarks/scenes_report.py --model scenes-medium
 	$(BIN)/python benchmarks/readme_tables.py
 
 $(VENV)/.demo: pyproject.toml

@@ -5,36 +5,15 @@ from __future__ import annotations
 import datetime
 import hashlib
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from judged import Compared, Job
 
 import toprovar_jax
-
-RESAMPLES, RESAMPLING_SEED = 2000, 0
-
-
-class Interval(NamedTuple):
-    """An estimate and its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
-
-
-def bootstrap(values: Sequence[float] | np.ndarray, statistic: Callable[..., Any] = np.mean) -> Interval:
-    """The statistic of the values and its percentile bootstrap interval; ``statistic(array, axis=-1)``."""
-    values = np.asarray(values, np.float64)
-    rng = np.random.default_rng(RESAMPLING_SEED)
-    resampled = statistic(values[rng.integers(0, len(values), (RESAMPLES, len(values)))], axis=-1)
-    low, high = np.percentile(resampled, (2.5, 97.5))
-    return Interval(float(statistic(values, axis=-1)), float(low), float(high))
+from toprovar_jax.intervals import bootstrap
 
 
 def row_of(compared: Compared, dense: Compared) -> dict[str, Any]:

@@ -16,29 +16,47 @@ import pruning_tables
 from kernel_tables import BrokenResults, results
 
 from pallas_kernels.report import Parser
+from toprovar_jax.hub import EMBEDDED_MODELS
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def scenes_prompts(path: pathlib.Path = ROOT / "benchmarks/results/scenes_prompts.json") -> str:
-    """The embedded model on plain prompts."""
-    with results(path, "benchmarks/scenes_prompts.py") as report:
-        count = report["images"]
+def scenes(folder: pathlib.Path = ROOT / "benchmarks/results") -> str:
+    """Scores of the embedded models on the six tasks, a table per model that was evaluated."""
+    paths = [folder / f"scenes_{model}.json" for model in EMBEDDED_MODELS]
+    blocks = [_scores(path) for path in paths if path.exists()]
+    return "\n\n".join(blocks) or "No model has been evaluated yet: `make scenes-report` fills this table."
+
+
+def _scores(path: pathlib.Path) -> str:
+    with results(path, "benchmarks/scenes_report.py") as report:
+        names = list(report["scores"])
+        lines = [["task", "pictures", *names]]
+        for task, first in report["scores"][names[0]]["tasks"].items():
+            shares = [_share(report["scores"][name]["tasks"][task]) for name in names]
+            lines.append([task, str(first["images"]), *shares])
+        totals = [_share(report["scores"][name]["total"]) for name in names]
+        lines.append(["mean of the tasks", str(len(report["pictures"])), *totals])
+        lines.insert(1, ["---"] * len(lines[0]))
+        policy = report["policy"]["name"]
         return "\n".join(
             (
-                "| prompts | colour right | shape right | both right | seconds per image | first call, compiling |",
-                "|---|---|---|---|---|---|",
-                f"| {count} | {report['colour_right']} of {count} | {report['shape_right']} of {count} "
-                f"| {report['both_right']} of {count} | {report['seconds_per_image']:.2f} "
-                f"| {report['seconds_first_call']:.1f} s |",
+                *(f"| {' | '.join(line)} |" for line in lines),
                 "",
-                f"Model {report['model']}, guidance {report['guidance']:g}, tau {report['tau']:g}, {report['device']}, "
-                f"jax {report['versions']['jax']}, {report['date']}; `benchmarks/scenes_prompts.py`.",
+                f"Model {report['model']}, guidance {report['guidance']:g}, "
+                f"{report['seconds_per_image'][policy]:.3f} s per picture, {report['device']}, "
+                f"jax {report['versions']['jax']}, {report['date']}; 95 % intervals by bootstrap; "
+                "`benchmarks/scenes_report.py`.",
             )
         )
 
 
-TABLES = {"scenes_prompts": scenes_prompts, **kernel_tables.TABLES, **pruning_tables.TABLES, **policy_tables.TABLES}
+def _share(interval: dict) -> str:
+    value, low, high = (100.0 * interval[name] for name in ("value", "low", "high"))
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+TABLES = {"scenes": scenes, **kernel_tables.TABLES, **pruning_tables.TABLES, **policy_tables.TABLES}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from toprovar_jax.acceleration import Dense, ToProVAR
-from toprovar_jax.errors import UserInputError
-from toprovar_jax.scenes.score import asked_for
+from toprovar_jax.scenes.score import check_judgeable
 from toprovar_jax.scenes.world import COLOURS, SHAPES
 from toprovar_jax.schedule import ScaleSchedule
 from toprovar_jax.timings import Timings
@@ -70,43 +69,10 @@ def a_row(name="all", **changes):
     return row | changes
 
 
-@pytest.mark.parametrize("shape", range(len(SHAPES)))
-@pytest.mark.parametrize("colour", range(len(COLOURS)))
-def test_a_prompt_names_the_object_it_is_judged_by(shape, colour):
-    prompt = f"There is one large {list(COLOURS)[colour]} {SHAPES[shape]}, on a grey floor on the left."
-    assert asked_for(prompt) == (shape, colour)
-
-
-def test_other_nouns_of_the_captions_are_understood():
-    assert asked_for("a black ball") == (0, 7)
-    assert asked_for("a cyan block at the back") == (1, 4)
-
-
-@pytest.mark.parametrize("prompt", ["a sphere", "something red", "a red cube and a blue cone", "a reddish cube"])
-def test_a_prompt_that_cannot_be_judged_is_refused(prompt):
-    with pytest.raises(UserInputError, match="must name one shape and one colour"):
-        asked_for(prompt)
-
-
 def test_every_prompt_of_the_files_can_be_judged():
     for name in ("scenes_200.txt", "scenes_calibration.txt"):
         lines = (FOLDER / "prompts" / name).read_text(encoding="utf-8").splitlines()
-        asked = {asked_for(line) for line in lines if not line.startswith("#")}
-        assert len(asked) == len(SHAPES) * len(COLOURS)
-
-
-def test_the_bootstrap_interval_is_that_of_the_normal_approximation():
-    values = np.random.default_rng(1).normal(5.0, 2.0, 400)
-    value, low, high = module("judged_report").bootstrap(values)
-    error = values.std() / np.sqrt(len(values))
-    assert value == values.mean()
-    assert low == pytest.approx(value - 1.96 * error, abs=0.15 * error)
-    assert high == pytest.approx(value + 1.96 * error, abs=0.15 * error)
-    assert module("judged_report").bootstrap(values) == (value, low, high)
-
-
-def test_the_interval_of_a_constant_has_no_width():
-    assert module("judged_report").bootstrap([2.0] * 5, np.median) == (2.0, 2.0, 2.0)
+        check_judgeable([line for line in lines if not line.startswith("#")], 64)
 
 
 def test_finished_pictures_are_read_and_not_made_again(tmp_path):
@@ -273,3 +239,24 @@ def test_the_verdict_goes_by_the_intervals(gains, words):
     line = module("pruning_curve").verdict(given)
     assert words in line
     assert "beats distance by +0.1000" in line
+
+
+def test_the_readme_shows_the_scores_of_every_model_that_was_evaluated(tmp_path):
+    scenes = module("readme_tables").scenes
+    assert scenes(tmp_path).startswith("No model has been evaluated yet")
+    share = {"value": 0.5, "low": 0.25, "high": 0.755}
+    row = {"tasks": {"counting": {**share, "prompts": 2, "images": 4}}, "total": share}
+    report = {
+        **{"scores": {"dense": row, "renders": row}, "pictures": [{}] * 4, "policy": {"name": "dense"}},
+        **{"model": "scenes-small", "guidance": 2.0, "seconds_per_image": {"dense": 0.03}, "device": "cpu"},
+        **{"versions": {"jax": "1"}, "date": "today"},
+    }
+    (tmp_path / "scenes_scenes-small.json").write_text(json.dumps(report))
+    lines = scenes(tmp_path).splitlines()
+    assert lines[0] == "| task | pictures | dense | renders |"
+    assert lines[2] == "| counting | 4 | 50.0 % [25.0, 75.5] | 50.0 % [25.0, 75.5] |"
+    assert lines[3].startswith("| mean of the tasks | 4 | 50.0 %")
+    assert "Model scenes-small, guidance 2, 0.030 s per picture" in lines[-1]
+    (tmp_path / "scenes_scenes-small.json").write_text("{}")
+    with pytest.raises(module("kernel_tables").BrokenResults, match=r"scenes_report\.py"):
+        scenes(tmp_path)

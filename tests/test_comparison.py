@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from toprovar_jax import comparison_figures
+from toprovar_jax import comparison_figures, lettering
 from toprovar_jax.acceleration import POLICIES, ToProVAR
 from toprovar_jax.comparison import SHOWN, Comparison, Setup, Times
 from toprovar_jax.comparison_figures import sheet
@@ -181,8 +181,8 @@ def test_everything_is_refused_before_anything_is_run(pipeline):
 
 def test_prompts_that_cannot_be_judged_have_no_score(tmp_path):
     pipeline = InfinityPipeline.from_pretrained(write_tiny_model(tmp_path, SCENES_CARD))
-    comparison = Comparison(Setup(pipeline, ("a sphere",), (0,)), [])
-    assert comparison.left_out["judge"].startswith("cannot answer (prompt 'a sphere' must name one shape")
+    comparison = Comparison(Setup(pipeline, ("a cat",), (0,)), [])
+    assert comparison.left_out["judge"].startswith("cannot answer (prompt 'a cat' must ask for what the scenes world")
     assert len(comparison.warnings) == len(set(comparison.warnings))
 
 
@@ -276,11 +276,11 @@ def test_large_pictures_are_reduced_and_only_the_first_are_shown(ran):
     ],
 )
 def test_long_texts_are_broken_where_words_end_and_cut(text, lines):
-    assert comparison_figures._wrapped(text, 120, 3) == lines
+    assert lettering.wrapped(text, 120, 3) == lines
 
 
 def test_a_word_without_end_is_broken_all_the_same():
-    font = comparison_figures._font(13)
-    made = comparison_figures._wrapped("x" * 100, 120, 9)
+    font = lettering.font(13)
+    made = lettering.wrapped("x" * 100, 120, 9)
     assert "".join(made) == "x" * 100
     assert max(map(font.getlength, made)) <= 120

@@ -201,9 +201,7 @@ class Comparison:
             "options": dict(self.setup.options),
             "repeats": self.setup.repeats,
             "scales": self._num_scales,
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}, {platform.machine()}",
-            "versions": {"toprovar_jax": toprovar_jax.__version__, "jax": jax.__version__},
+            **where_and_when(),
             "left_out": self.left_out,
             "warnings": list(self.warnings),
             "unfinished": list(self.names[len(self.results) :]),
@@ -214,15 +212,9 @@ class Comparison:
         """The finished policies as an aligned Markdown table, and below it what was left out of it and why."""
         rows = [self._cells(result) for result in self.results]
         shown = [name for name in rows[0] if any(row[name] for row in rows)]
-        lines = [shown, *([row[name] for name in shown] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-            for line in lines
-        ]
-        text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        text = markdown_table([shown, *([row[name] for name in shown] for row in rows)])
         notes = [f"{measure}: left out; it {reason}" for measure, reason in self.left_out.items()]
-        return "\n".join([*text, *(["", *notes] if notes else [])])
+        return "\n".join([text, *(["", *notes] if notes else [])])
 
     def _draw(self, pipeline: InfinityPipeline, name: str, index: int) -> PipelineOutput:
         setup = self.setup
@@ -355,6 +347,25 @@ class Comparison:
 
 
 _UNITS: tuple[tuple[float, str], ...] = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, the first of them the heads, in columns of one width."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(text)
+
+
+def where_and_when() -> dict[str, Any]:
+    """Date, device and versions, ready for JSON: what measurements are worth little without."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}, {platform.machine()}",
+        "versions": {"toprovar_jax": toprovar_jax.__version__, "jax": jax.__version__},
+    }
 
 
 def _apart(pipeline: InfinityPipeline) -> InfinityPipeline:

@@ -15,6 +15,7 @@ from toprovar_jax.settings import check_setting
 from toprovar_jax.text_encoder.config import T5Config
 
 FORMAT = 1
+WORLDS = ("scenes", "scenes-single")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class ModelCard:
       pixel_budgets: name of each size it makes and the number of scales that takes.
       default_pixels: one of ``pixel_budgets``.
       guidance, tau, top_k, top_p: default sampling.
-      world: ``"scenes"`` for a model that knows the embedded world only, None for one that knows everything.
+      world: ``"scenes"`` for a model that knows the embedded world only, ``"scenes-single"`` for one that knows single
+        objects of it, None for one that knows everything.
       training: how it was made, for the record.
 
     Raises:
@@ -155,8 +157,8 @@ class ModelCard:
 def _check_name(name: object, world: object) -> None:
     if not isinstance(name, str) or not name.strip():
         raise UserInputError(f"model name {name!r}", "must be text", "name the model")
-    if world not in (None, "scenes"):
-        raise unknown_name("world", world, ("scenes",))
+    if world is not None and world not in WORLDS:
+        raise unknown_name("world", world, WORLDS)
 
 
 def _check_budgets(budgets: tuple[tuple[str, int], ...], default: str) -> None:

@@ -171,8 +171,8 @@ class InfinityPipeline:
         negatives = negatives_of(negative_prompt, len(prompts), per_prompt)
         tokens = self._tokenize("prompt", prompts, strict)
         arrays, warnings = TokenArrays(tokens.ids, tokens.lengths), cut_warnings("prompt", prompts, tokens)
-        if self.card.world == "scenes":
-            warnings += scenes_warnings(prompts)
+        if self.card.world is not None:
+            warnings += scenes_warnings(prompts, self.card.world)
         if schedule.aspect_ratio != "1:1" and self.card.world is not None:
             warnings.append(f"model {self.model_name} was trained at aspect ratio 1:1 only; expect a worse picture")
         if negatives is not None:

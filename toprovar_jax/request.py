@@ -141,15 +141,15 @@ def cut_warnings(name: str, texts: Sequence[str], tokens: TokenBatch) -> list[st
     ]
 
 
-def scenes_warnings(prompts: Sequence[str]) -> list[str]:
-    """One line per prompt that asks for more than the embedded world holds."""
-    from toprovar_jax.scenes.captions import describe_world, unknown_to_world
+def scenes_warnings(prompts: Sequence[str], world: str) -> list[str]:
+    """One line per prompt that asks for more than ``world`` holds (a key of ``scenes.reading.WORLDS``)."""
+    from toprovar_jax.scenes.reading import describe_world, read_prompt
 
     return [
         f"prompt {_short(prompt)}: outside what the embedded model knows ({', '.join(unknown)}); "
-        f"{describe_world()}; for anything else pass --model with a folder of Infinity weights"
+        f"{describe_world(world)}; for anything else pass --model with a folder of Infinity weights"
         for prompt in dict.fromkeys(prompts)
-        if (unknown := unknown_to_world(prompt))
+        if (unknown := read_prompt(prompt, world).unknown)
     ]
 
 

@@ -1,16 +1,17 @@
-"""One batch of 64 pictures, two of each kind of object, and its judge."""
+"""One batch of 64 scenes of all kinds, their pictures, and the judge."""
 
 import jax
 import pytest
 
 from toprovar_jax.scenes.judge import Judge
 from toprovar_jax.scenes.renderer import render
-from toprovar_jax.scenes.world import Scenes, sample_scenes
+from toprovar_jax.scenes.sampling import sample_scenes
+from toprovar_jax.scenes.world import Scenes
 
 
 @pytest.fixture(scope="session")
 def scenes() -> Scenes:
-    return sample_scenes(jax.random.key(2024), 64)
+    return sample_scenes(jax.random.key(2024), 64, held_out=True)
 
 
 @pytest.fixture(scope="session")

@@ -10,5 +10,5 @@ def test_every_public_name_resolves():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="has no attribute 'torus'"):
-        _ = scenes.torus
+    with pytest.raises(AttributeError, match="has no attribute 'pyramid'"):
+        _ = scenes.pyramid

@@ -8,8 +8,8 @@ import pathlib
 import pytest
 
 from toprovar_jax.prompts import read_prompts
-from toprovar_jax.scenes.captions import NOUNS, unknown_to_world
-from toprovar_jax.scenes.world import COLOURS
+from toprovar_jax.scenes.reading import read_prompt
+from toprovar_jax.scenes.world import COLOURS, SHAPES
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent.parent / "benchmarks" / "prompts"
 SIZES = {"scenes_calibration.txt": 50, "scenes_200.txt": 200}
@@ -25,15 +25,14 @@ def test_no_prompt_comes_twice_in_either_file_or_in_both():
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_every_prompt_names_one_colour_and_shape_of_the_world_and_all_pairs_as_often(name):
+def test_every_prompt_names_one_colour_and_shape_of_the_single_objects_and_all_pairs_as_often(name):
     found = collections.Counter()
     for prompt in prompts(name):
-        assert unknown_to_world(prompt) == ()
-        words = prompt.split()
-        colours = [colour for colour in COLOURS if colour in words]
-        shapes = [shape for shape, nouns in NOUNS.items() if set(nouns) & set(words)]
-        assert (len(colours), len(shapes)) == (1, 1), prompt
-        found[colours[0], shapes[0]] += 1
-    assert len(found) == len(COLOURS) * len(NOUNS)
+        reading = read_prompt(prompt, "scenes-single")
+        assert reading.unknown == (), prompt
+        (wanted,) = reading.wanted
+        assert wanted.count == 1
+        found[wanted.colour, wanted.shape] += 1
+    assert found.keys() == {(colour, shape) for colour in COLOURS for shape in SHAPES if shape != "torus"}
     assert max(found.values()) - min(found.values()) == 1
     assert found.total() == SIZES[name]

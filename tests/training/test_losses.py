@@ -48,3 +48,7 @@ def test_accuracy_is_counted_scale_by_scale(schedule):
     ones = jnp.where(jnp.broadcast_to(right[None, :, None], targets.shape), 1.0, -1.0)
     scores = jnp.stack([jnp.zeros(targets.shape), ones], axis=-1)
     np.testing.assert_array_equal(bit_accuracy(scores, targets, schedule), [1.0, 1.0, 0.0])
+
+
+def test_weights_of_none_count_all_tokens_alike(schedule):
+    np.testing.assert_allclose(token_weights(schedule, "none"), np.full(schedule.num_tokens, 1 / schedule.num_tokens))

@@ -8,6 +8,8 @@ from flax import nnx
 
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.text_encoder import T5Config
+from toprovar_jax.training import image_tokenizer, transformer
+from toprovar_jax.training.image_tokenizer import TokenizerTraining
 from toprovar_jax.training.self_correction import self_correct
 from toprovar_jax.training.transformer import (
     TransformerTrainer,
@@ -177,3 +179,48 @@ def test_all_noise_comes_from_the_key(noisy, batch):
 def test_a_text_encoder_of_another_width_is_refused(tiny_config, schedule):
     with pytest.raises(UserInputError, match="width 64: must be as wide as the transformer's text_width=128"):
         TransformerTrainer(tiny_config, T5Config(16, 64, 8, 32, 1, 2), TransformerTraining(10), schedule)
+
+
+@pytest.mark.parametrize("steps", [3, 60, 100, 2000])
+@pytest.mark.parametrize(
+    "of", [TransformerTraining.for_scenes, lambda steps: TokenizerTraining(((1, 1),), num_steps=steps)]
+)
+def test_learning_rates_rise_once_and_fall_once_without_a_jump_however_short_the_run(of, steps):
+    training = of(steps)
+    schedule = (transformer if isinstance(training, TransformerTraining) else image_tokenizer)._learning_rate(training)
+    with jax.numpy_dtype_promotion("standard"):
+        rates = np.asarray(schedule(jnp.arange(steps + 1)))
+    changes = np.diff(rates) / training.learning_rate
+    peak = int(np.argmax(rates))
+    assert rates[peak] == pytest.approx(training.learning_rate)
+    assert rates[-1] < 1e-6 * training.learning_rate
+    assert (changes[:peak] > 0).all()
+    assert (changes[peak:] <= 1e-6).all()
+    if steps >= 60:
+        assert np.abs(changes).max() < 0.07
+
+
+def test_bfloat16_products_keep_float32_weights_and_give_nearly_the_same_gradient(trainer, tiny_text, batch):
+    fast = TransformerTrainer(
+        dataclasses.replace(trainer.config, precision="fast"),
+        dataclasses.replace(tiny_text, compute_dtype="bfloat16"),
+        trainer.training,
+        trainer.schedule,
+    )
+    parameters = trainer.init(0).parameters
+    gradients = [
+        jax.jit(jax.grad(lambda p, t=t: t._loss(p, *batch, jax.random.key(0))[0]))(parameters) for t in (fast, trainer)
+    ]
+    ours, theirs = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in gradients)
+    assert ours.dtype == np.float32
+    assert 1e-5 < np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 0.05
+
+
+def test_a_steps_operations_are_counted_whatever_is_computed_twice(make_trainer, trainer):
+    again = make_trainer(dataclasses.replace(trainer.training, remat=True))
+    flops = trainer.step_flops(4, 6)
+    assert again.step_flops(4, 6) == flops
+    # A token's layer has 4 products of attention, 2 across to the text and 8 of the feed-forward layer, D by D each.
+    width, tokens = trainer.config.width, trainer.schedule.num_tokens
+    layers = 2.0 * 3 * 4 * tokens * trainer.config.num_layers * 14 * width**2
+    assert layers < flops < 2 * layers

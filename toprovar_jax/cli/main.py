@@ -14,8 +14,13 @@ COMMANDS = {
     "explain": "show how one picture is made, and what a policy spared",
     "compare": "make the same pictures by several policies, and show what each saves and spoils",
     "calibrate": "measure a model, and write the constants of the toprovar policies for it",
+    "eval": "judge task by task how much of what prompts ask for a model draws",
+    "finetune": "train a model further on pictures with captions",
 }
-"""Each is a module of this package with a ``main``."""
+"""Each is a module of this package with a ``main``; see :data:`MODULES`."""
+
+MODULES = {"eval": "evaluate"}
+"""Modules by the commands that have another name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if argv and argv[0] in COMMANDS:
-        command = importlib.import_module(f"toprovar_jax.cli.{argv[0]}")
+        command = importlib.import_module(f"toprovar_jax.cli.{MODULES.get(argv[0], argv[0])}")
         return command.main(argv[1:], prog=f"{os.path.basename(sys.argv[0])} {argv[0]}")
     named = f"command {argv[0]!r}" if argv else "no command"
     return fail(2, f"{named}: must be one of {', '.join(COMMANDS)}; see toprovar --help")

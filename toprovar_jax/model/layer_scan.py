@@ -22,6 +22,7 @@ def scan_layers(
     *,
     own: Any = (),
     data: Any = (),
+    remat: bool = False,
 ) -> tuple[Any, Any]:
     """``carry, output = body(carry, layer, index, own)`` for the layers ``start`` to ``stop - 1``.
 
@@ -33,6 +34,7 @@ def scan_layers(
       depth: how many there are in all.
       own: pytree of arrays with a leading axis of length ``stop - start``: what only these layers have.
       data: what else the body reads that may differ between devices inside ``shard_map``.
+      remat: for gradients, keep nothing of a layer but its input and compute the rest anew on the way back.
 
     Returns:
       The last carry, and the outputs stacked over the layers of the range.
@@ -41,6 +43,9 @@ def scan_layers(
     of stacked weights would be copied first.
     """
     carry = as_varying(carry, (carry, data))
+    if remat:
+        # A scan keeps the compiler from merging the two computations of a layer; no barrier is needed for that.
+        body = jax.checkpoint(body, prevent_cse=False)
     if (start, stop) == (0, depth):
 
         def whole(carry, item):

@@ -176,6 +176,7 @@ class Infinity(nnx.Module):
         schedule: ScaleSchedule,
         *,
         keep: Float[Array, "L 2 B"] | None = None,
+        remat: bool = False,
     ) -> Float[Array, "B S Z 2"]:
         """Scores of every bit of every scale in one pass; scale i sees the scales up to i (MODEL_SPEC 9.4).
 
@@ -184,6 +185,8 @@ class Infinity(nnx.Module):
           features, lengths: text features (conditional or dropped), padded, and their visible rows.
           schedule: the scales.
           keep: stochastic-depth factors of every layer's two gated branches.
+          remat: gradient checkpointing: on the way back every layer's activations are computed anew from its input,
+            which costs a third more operations and leaves one layer's activations in memory instead of all.
         """
         condition = self.condition(features, lengths)
         tokens = jnp.concatenate([self.start_tokens(condition), self.embed(inputs)], axis=1)
@@ -217,5 +220,5 @@ class Infinity(nnx.Module):
         factors = jnp.ones((depth, 2, tokens.shape[0]), jnp.float32) if keep is None else keep
         stacked = (self.layers, condition.keys, condition.values, factors)
         x = tokens if every_chunk else tokens + level
-        x, _ = scan_layers(body, x, stacked, 0, depth, depth, data=(condition, factors))
+        x, _ = scan_layers(body, x, stacked, 0, depth, depth, data=(condition, factors), remat=remat)
         return self.head(x, condition.head_modulation)

@@ -4,33 +4,45 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from toprovar_jax.scenes.captions import VOCABULARY, caption, describe_world, unknown_to_world
-    from toprovar_jax.scenes.judge import Judge, Verdicts, agreement
+    from toprovar_jax.scenes.captions import VOCABULARY, caption
+    from toprovar_jax.scenes.judge import Detections, Judge
+    from toprovar_jax.scenes.reading import Reading, describe_world, read_prompt
     from toprovar_jax.scenes.renderer import empty_scene_image, render
-    from toprovar_jax.scenes.world import COLOURS, SHAPES, Scenes, sample_scenes
+    from toprovar_jax.scenes.sampling import sample_scenes
+    from toprovar_jax.scenes.tasks import TASKS, TaskPrompt, Wanted, read_task_prompts, task_prompts, to_json_line
+    from toprovar_jax.scenes.world import COLOURS, SHAPES, Scenes
 
 __all__ = [
     "COLOURS",
     "SHAPES",
+    "TASKS",
     "VOCABULARY",
+    "Detections",
     "Judge",
+    "Reading",
     "Scenes",
-    "Verdicts",
-    "agreement",
+    "TaskPrompt",
+    "Wanted",
     "caption",
     "describe_world",
     "empty_scene_image",
+    "read_prompt",
+    "read_task_prompts",
     "render",
     "sample_scenes",
-    "unknown_to_world",
+    "task_prompts",
+    "to_json_line",
 ]
 
 # Lazy, so that asking about a prompt does not load the judge and its optimiser.
 _HOMES = {
-    "captions": ("VOCABULARY", "caption", "describe_world", "unknown_to_world"),
-    "judge": ("Judge", "Verdicts", "agreement"),
+    "captions": ("VOCABULARY", "caption"),
+    "judge": ("Detections", "Judge"),
+    "reading": ("Reading", "describe_world", "read_prompt"),
     "renderer": ("empty_scene_image", "render"),
-    "world": ("COLOURS", "SHAPES", "Scenes", "sample_scenes"),
+    "sampling": ("sample_scenes",),
+    "tasks": ("TASKS", "TaskPrompt", "Wanted", "read_task_prompts", "task_prompts", "to_json_line"),
+    "world": ("COLOURS", "SHAPES", "Scenes"),
 }
 
 

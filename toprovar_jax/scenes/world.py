@@ -1,4 +1,4 @@
-"""The embedded world: one solid object on a grey floor. Names, measures, and how scenes are drawn at random.
+"""The embedded world: one to five solids on the floor of a photo studio. Names, measures, and what stays unseen.
 
 World axes: x to the right, y up, z away from the viewer; the floor is ``y = 0`` and its origin is near the
 middle of the picture. One unit is about 14.5 pixels in a 64-pixel picture.
@@ -7,13 +7,11 @@ middle of the picture. One unit is about 14.5 pixels in a 64-pixel picture.
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from toprovar_jax.errors import UserInputError
-from toprovar_jax.shapes import Array, Float, Int, Key
+from toprovar_jax.shapes import Array, Bool, Float, Int
 
-SHAPES = ("sphere", "cube", "cylinder", "cone")
+SHAPES = ("sphere", "cube", "cylinder", "cone", "torus")
 
 #: Name -> albedo (red, green, blue). Hues are at least 24 degrees apart, so that shading and blur do not confuse them.
 COLOURS = {
@@ -27,15 +25,23 @@ COLOURS = {
     "black": (0.17, 0.17, 0.18),
 }
 
-#: Radius of the small and of the large objects in world units (about 24 and 31 pixels across at 64 pixels).
-SIZES = (0.84, 1.06)
+MATERIALS = ("matt", "metal")
 
-#: Extents in units of an object's size: half side of the cube, radius and height of the cylinder, height of the cone.
-#: The radii of the sphere and of the foot of the cone are one.
+#: Radius of the small and of the large objects in world units (about 16 and 24 pixels across at 64 pixels).
+SIZES = (0.56, 0.82)
+
+#: Most objects of a scene.
+MAX_OBJECTS = 5
+
+#: Extents in units of an object's size: half side of the cube, radius and height of the cylinder, height of the cone,
+#: distance of the ring's middle line from its axis and radius of its tube. The radii of the sphere and of the foot of
+#: the cone are one.
 CUBE_HALF_SIDE = 0.80
 CYLINDER_RADIUS = 0.80
 CYLINDER_HEIGHT = 1.70
 CONE_HEIGHT = 2.00
+TORUS_RING = 0.74
+TORUS_TUBE = 0.25
 
 CAMERA_PITCH = math.radians(35.0)
 CAMERA_DISTANCE = 10.0
@@ -46,56 +52,60 @@ CAMERA_FOCAL = CAMERA_DISTANCE / 2.2
 
 #: No silhouette comes nearer to the picture's border than this part of its half side.
 FRAME_MARGIN = 0.04
-#: Nothing stands farther away than this z, so that the small objects keep enough pixels.
-FAR_LIMIT = 1.5
+#: Nothing stands farther away than this z, where the backdrop begins to rise.
+FAR_LIMIT = 2.8
 #: Yaw is drawn from this range (radians), which always shows two unequally lit sides of a cube.
 YAW_RANGE = (math.radians(15.0), math.radians(75.0))
 
+#: Relation of one object to another -> (axis of the floor position, sign of the difference).
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "in front of": (1, -1), "behind": (1, 1)}
+#: The same said from the other object.
+OPPOSITE = {"left of": "right of", "right of": "left of", "in front of": "behind", "behind": "in front of"}
+#: From this difference on (world units) a relation is plain to see, and captions may state it.
+RELATION_MARGIN = 0.6
+#: From this difference on a picture shows a relation that was asked for; training shows no held-out one beyond it.
+SHOWN_MARGIN = 0.5 * RELATION_MARGIN
+
+#: (shape, colour) that training never shows: every shape and five of the colours appear once.
+HELD_OUT_KINDS = (
+    ("sphere", "purple"),
+    ("cube", "cyan"),
+    ("cylinder", "orange"),
+    ("cone", "blue"),
+    ("torus", "green"),
+)
+#: (shape, relation, shape) that training never shows, whatever the colours and whoever else is in the picture.
+HELD_OUT_RELATIONS = (
+    ("cone", "left of", "cube"),
+    ("torus", "right of", "sphere"),
+    ("cylinder", "in front of", "torus"),
+    ("sphere", "behind", "cone"),
+)
+
 
 class Scenes(NamedTuple):
-    """A batch of scenes with one object each; a pytree of arrays.
+    """A batch of scenes of up to ``O`` objects; a pytree of arrays.
 
     Attributes:
+      present: whether there is such an object; where not, the other fields mean nothing. The first always is.
       shape: index into ``SHAPES``, int32.
       colour: index into ``COLOURS`` (in their order), int32.
+      material: index into ``MATERIALS``, int32.
       position: where the object stands on the floor, (x, z) in world units.
       size: radius in world units, one of ``SIZES`` when drawn by ``sample_scenes``.
       yaw: turn about the vertical axis in radians; only visible on cubes.
     """
 
-    shape: Int[Array, " B"]
-    colour: Int[Array, " B"]
-    position: Float[Array, "B 2"]
-    size: Float[Array, " B"]
-    yaw: Float[Array, " B"]
+    present: Bool[Array, "B O"]
+    shape: Int[Array, "B O"]
+    colour: Int[Array, "B O"]
+    material: Int[Array, "B O"]
+    position: Float[Array, "B O 2"]
+    size: Float[Array, "B O"]
+    yaw: Float[Array, "B O"]
 
 
-def sample_scenes(key: Key[Array, ""], batch: int) -> Scenes:
-    """Draws ``batch`` scenes whose objects lie wholly inside every picture.
-
-    Shapes and colours are stratified: each of the 32 combinations is equally likely, and a batch that is a multiple of
-    32 holds each equally often. Positions are uniform over the part of the floor that the object's size allows.
-    Traceable for a static ``batch``.
-
-    Raises:
-      UserInputError: ``batch`` is less than one.
-    """
-    if batch < 1:
-        raise UserInputError(f"batch {batch}", "must be at least 1", "ask for one scene or more")
-    kinds, order, sizes, places, turns = jax.random.split(key, 5)
-    kind_count = len(SHAPES) * len(COLOURS)
-    strata = (jnp.arange(batch, dtype=jnp.float32) + jax.random.uniform(kinds, (batch,))) * (kind_count / batch)
-    kind = jax.random.permutation(order, jnp.clip(strata.astype(jnp.int32), 0, kind_count - 1))
-    size = jnp.where(jax.random.bernoulli(sizes, 0.5, (batch,)), SIZES[1], SIZES[0]).astype(jnp.float32)
-    across, along = jax.random.uniform(places, (2, batch))
-    near, far = depth_range(size)
-    z = near + along * (far - near)
-    x = (2.0 * across - 1.0) * side_limit(size, z)
-    yaw = jax.random.uniform(turns, (batch,), minval=YAW_RANGE[0], maxval=YAW_RANGE[1])
-    return Scenes(kind % len(SHAPES), kind // len(SHAPES), jnp.stack([x, z], axis=-1), size, yaw)
-
-
-def depth_range(size: Float[Array, " B"]) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+def depth_range(size: Float[Array, "*N"]) -> tuple[Float[Array, "*N"], Float[Array, "*N"]]:
     """The nearest and the farthest z at which an object of ``size`` is still inside the picture's height.
 
     The bounds hold for the largest silhouette, a cube seen corner on.
@@ -110,8 +120,27 @@ def depth_range(size: Float[Array, " B"]) -> tuple[Float[Array, " B"], Float[Arr
     return near, jnp.minimum(far, FAR_LIMIT)
 
 
-def side_limit(size: Float[Array, " B"], z: Float[Array, " B"]) -> Float[Array, " B"]:
+def side_limit(size: Float[Array, "..."], z: Float[Array, "*N"]) -> Float[Array, "*N"]:
     """The largest |x| at which an object of ``size`` at depth ``z`` is still inside the picture's width."""
     rise = 2.0 * CUBE_HALF_SIDE * size - CAMERA_TARGET_HEIGHT
     distance = CAMERA_DISTANCE + z * math.cos(CAMERA_PITCH) - rise * math.sin(CAMERA_PITCH)
     return (1.0 - FRAME_MARGIN) * distance / CAMERA_FOCAL - CUBE_HALF_SIDE * math.sqrt(2.0) * size
+
+
+def projected(
+    position: Float[Array, "*N 2"], height: Float[Array, "*N"]
+) -> tuple[Float[Array, "*N 2"], Float[Array, "*N"]]:
+    """Where points above the floor appear in a picture.
+
+    Args:
+      position: (x, z) below the point.
+      height: above the floor.
+
+    Returns:
+      (right, down) from the middle of the picture, in half shorter sides; and how long one world unit is there, in
+      the same unit.
+    """
+    sine, cosine = math.sin(CAMERA_PITCH), math.cos(CAMERA_PITCH)
+    x, z, rise = position[..., 0], position[..., 1], height - CAMERA_TARGET_HEIGHT
+    unit = CAMERA_FOCAL / (CAMERA_DISTANCE + z * cosine - rise * sine)
+    return jnp.stack([x * unit, -(z * sine + rise * cosine) * unit], axis=-1), unit

@@ -1,6 +1,8 @@
-"""What the transformer is trained on: cross-entropy per bit, every scale weighted alike (MODEL_SPEC 9.2)."""
+"""What the transformer is trained on: cross-entropy per bit, weighted by scale (MODEL_SPEC 9.2)."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +11,19 @@ import numpy as np
 from toprovar_jax.schedule import ScaleSchedule
 from toprovar_jax.shapes import Array, Float, UInt8
 
+ScaleWeights = Literal["root", "none"]
 
-def token_weights(schedule: ScaleSchedule) -> Float[np.ndarray, " S"]:
-    """Weight of every token's loss: one over the square root of its scale's tokens, summing to one.
 
-    Without it the last scale, with most of the tokens, would be nearly all of the loss.
+def token_weights(schedule: ScaleSchedule, scale_weights: ScaleWeights = "root") -> Float[np.ndarray, " S"]:
+    """Weight of every token's loss, summing to one.
+
+    ``root`` is one over the square root of the tokens of its scale, ``none`` the same for all: then the last scale,
+    with most of the tokens, is nearly all of the loss.
     """
     counts = np.asarray(schedule.token_counts, np.float64)
-    weights = np.repeat(1.0 / np.sqrt(counts), schedule.token_counts)
+    weights = np.repeat(
+        1.0 / np.sqrt(counts) if scale_weights == "root" else np.ones_like(counts), schedule.token_counts
+    )
     return (weights / weights.sum()).astype(np.float32)
 
 

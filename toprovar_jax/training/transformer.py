@@ -17,8 +17,9 @@ from toprovar_jax.model import Infinity
 from toprovar_jax.schedule import ScaleSchedule
 from toprovar_jax.shapes import Array, Bool, Float, Int, Key
 from toprovar_jax.text_encoder import T5Config, T5Encoder
+from toprovar_jax.training.flops import TRAINING, count_flops
 from toprovar_jax.training.image_tokenizer import moving_average
-from toprovar_jax.training.losses import bit_accuracy, bit_cross_entropy, token_weights, weighted_loss
+from toprovar_jax.training.losses import ScaleWeights, bit_accuracy, bit_cross_entropy, token_weights, weighted_loss
 from toprovar_jax.training.self_correction import TrainingTokens, draw_flips, self_correct
 
 
@@ -29,7 +30,7 @@ class TransformerTraining:
     Attributes:
       num_steps: where the learning rate's schedule ends.
       learning_rate: its constant value; the recipe's is 6e-3 for a batch of 256, in proportion to the batch.
-      warmup_steps: linear increase at the start.
+      warmup_steps: linear increase at the start, over the constant part at most.
       constant: share of the steps after which the learning rate falls as a cosine to zero; 1 keeps it.
       weight_decay: of matrices only.
       clip: largest global gradient norm.
@@ -38,6 +39,8 @@ class TransformerTraining:
       drop_path: stochastic-depth rate of the last layer; linear from zero at the first.
       initial_gate: value of the residual gates (gammas) at the start of a short run; None keeps the tiny random ones.
       ema_decay: of the averaged weights, which are the result; 0 keeps the last weights instead.
+      scale_weights: what a token's loss weighs (:func:`~toprovar_jax.training.losses.token_weights`).
+      remat: whether the layers are computed again in the backward pass instead of kept; for memory.
     """
 
     num_steps: int
@@ -52,21 +55,23 @@ class TransformerTraining:
     drop_path: float = 0.1
     initial_gate: float | None = None
     ema_decay: float = 0.0
+    scale_weights: ScaleWeights = "root"
+    remat: bool = False
 
     @classmethod
     def for_scenes(cls, num_steps: int) -> TransformerTraining:
-        """What works for a small model, a small world and a short run at batch 16."""
+        """What works for a small model, a small world and a short run at batches of 16 or 32."""
         return cls(
             num_steps,
             learning_rate=2e-3,
             warmup_steps=100,
-            constant=0.4,
+            constant=0.6,
             weight_decay=0.01,
             clip=1.0,
             correction_strength=0.15,
             drop_path=0.0,
             initial_gate=0.3,
-            ema_decay=0.998,
+            ema_decay=0.999,
         )
 
 
@@ -168,6 +173,19 @@ class TransformerTrainer:
         """The averaged transformer and text encoder."""
         return self._merge(state.average)
 
+    def step_flops(self, batch: int, caption_tokens: int) -> float:
+        """Operations of the products of one step, whatever is computed twice to save memory."""
+        # Kernels hide their products; the plain form has the same.
+        plain = TransformerTrainer(
+            dataclasses.replace(self.config, attention=("reference",)), self.text_config, self.training, self.schedule
+        )
+        side = self.schedule.latent_grids[-1]
+        latents = jax.ShapeDtypeStruct((batch, *side, self.config.latent_channels), jnp.float32)
+        captions: Any = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, caption_tokens), (batch,)))
+        parameters = jax.eval_shape(lambda: plain.init(0)).parameters
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return TRAINING * count_flops(plain._loss, parameters, latents, Captions(*captions), key)
+
     def _merge(self, parameters: Parameters) -> tuple[Infinity, T5Encoder]:
         transformer, text_encoder = self._graphs
         return nnx.merge(transformer, parameters[_NAMES[0]]), nnx.merge(text_encoder, parameters[_NAMES[1]])
@@ -208,12 +226,15 @@ class TransformerTrainer:
     ) -> Float[Array, "B S Z 2"]:
         transformer, text_encoder = self._merge(parameters)
         features = drop_text(transformer, text_encoder(captions.tokens, captions.lengths), dropped)
-        return transformer.parallel_logits(tokens.inputs, features, captions.lengths, self.schedule, keep=keep)
+        return transformer.parallel_logits(
+            tokens.inputs, features, captions.lengths, self.schedule, keep=keep, remat=self.training.remat
+        )
 
     def _measure(self, scores: Float[Array, "B S Z 2"], tokens: TrainingTokens) -> dict[str, Array]:
         cross_entropy = bit_cross_entropy(scores, tokens.targets)
         bits = jnp.mean(jnp.sum(cross_entropy, axis=1)) * (self.config.token_bits / jnp.log(2.0))
-        return {"loss": weighted_loss(cross_entropy, jnp.asarray(token_weights(self.schedule))), "image_bits": bits}
+        weights = jnp.asarray(token_weights(self.schedule, self.training.scale_weights))
+        return {"loss": weighted_loss(cross_entropy, weights), "image_bits": bits}
 
 
 def drop_text(
@@ -253,11 +274,12 @@ def _is_matrix(path: str) -> bool:
 
 def _learning_rate(training: TransformerTraining) -> optax.Schedule:
     hold = round(training.constant * training.num_steps)
+    warmup = min(training.warmup_steps, hold)
     parts = [optax.constant_schedule(training.learning_rate)]
     starts = []
-    if training.warmup_steps:
-        parts.insert(0, optax.linear_schedule(0.0, training.learning_rate, training.warmup_steps))
-        starts.append(training.warmup_steps)
+    if warmup:
+        parts.insert(0, optax.linear_schedule(0.0, training.learning_rate, warmup))
+        starts.append(warmup)
     if hold < training.num_steps:
         parts.append(optax.cosine_decay_schedule(training.learning_rate, training.num_steps - hold))
         starts.append(hold)
