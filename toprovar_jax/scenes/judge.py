@@ -106,7 +106,8 @@ def _check(images: _AnyArray) -> None:
         raise UserInputError(f"images of shape {tuple(images.shape)}", rule, "give larger pictures, in a batch")
     if images.dtype == np.uint8 or not images.size or isinstance(images, Tracer):
         return
-    low, high = float(images.min()), float(images.max())
+    values = np.asarray(images)  # numpy's, since jax would trace the range of a constant inside a trace
+    low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         remedy = "look for what made them, or give bytes"
         raise UserInputError("images with values that are not finite", "must be floats in [0, 1]", remedy)
