@@ -1,4 +1,4 @@
-"""The judge's network: finds every object of a picture, and what and where it is, at one sixteenth of its pixels.
+"""The judge's network: finds the objects of a picture, what they are and where, at one sixteenth of its pixels.
 
 A convolutional network looks at cells of 4 by 4 pixels. Each cell says whether the middle of an object is there, and
 what the object is; the local maxima are the objects (the idea of CenterNet, arXiv:1904.07850).
