@@ -43,12 +43,16 @@ def _scores(path: pathlib.Path) -> str:
             (
                 *(f"| {' | '.join(line)} |" for line in lines),
                 "",
-                f"Model {report['model']}, guidance {report['guidance']:g}, "
+                f"Model {report['model']}, guidance {_listed(report['guidance'])}, "
                 f"{report['seconds_per_image'][policy]:.3f} s per picture, {report['device']}, "
                 f"jax {report['versions']['jax']}, {report['date']}; 95 % intervals by bootstrap; "
                 "`benchmarks/scenes_report.py`.",
             )
         )
+
+
+def _listed(guidance: float | list[float]) -> str:
+    return ", ".join(f"{each:g}" for each in (guidance if isinstance(guidance, list) else [guidance]))
 
 
 def _share(interval: dict) -> str:

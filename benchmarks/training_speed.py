@@ -2,10 +2,12 @@
 
 ``python benchmarks/training_speed.py --recipe scenes-small`` writes ``results/training_speed_scenes-small.json``. Each
 stage starts in a process of its own, so that its peak of memory is its own; weights are random, data is as in training.
+Where the recipe compiles layers one by one, the second stage is also measured with a loop over them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import time
@@ -32,8 +34,13 @@ from toprovar_jax.training.scene_data import Pool, batch_maker, draw_scenes, hos
 RESULTS = Path(__file__).parent / "results"
 
 
+LOOP = "transformer, layers as a loop"
+
+
 def measure(stage: str, recipe_name: str, steps: int) -> dict[str, Any]:
     recipe, placement = RECIPES[recipe_name], Placement.over()
+    if stage == LOOP:
+        recipe = dataclasses.replace(recipe, unroll=False)
     if stage == "tokenizer":
         empty = empty_scene_image(*recipe.schedule.pixel_size)
         trainer = TokenizerTrainer(recipe.tokenizer_as_trained, recipe.tokenizer_training(1000), empty)
@@ -84,7 +91,7 @@ def main(recipe: str = "scenes-small", steps: int = 10) -> None:
       steps: how many are timed; the median counts.
     """
     result: dict[str, Any] = {"recipe": recipe, "precision": RECIPES[recipe].precision}
-    for stage in ("tokenizer", "transformer"):
+    for stage in ("tokenizer", "transformer", *([LOOP] if RECIPES[recipe].unroll else [])):
         with multiprocessing.get_context("spawn").Pool(1) as workers:
             result[stage] = workers.apply(measure, (stage, recipe, steps))
     result["device"] = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"

@@ -1,6 +1,6 @@
 """Makes pictures from text:  python examples/generate.py --prompt "a red sphere"
 
-With no --model the small embedded model is used: one simple object, 8 colours. See --help for everything else.
+With no --model the small embedded model is used: simple objects, 8 colours. See --help for everything else.
 """
 
 import os

@@ -149,6 +149,16 @@ def test_a_damaged_card_is_refused_by_what_is_wrong_with_it(path, damage, word):
     assert word in refusal(path)
 
 
+def test_default_guidance_may_differ_by_scale_where_every_budget_has_as_many(path):
+    alone = {"pixel_budgets": {"tiny": 3}, "guidance": [0, 1.5, 2], "tau": [1.2, 1, 1]}
+    path.write_text(json.dumps(json.loads(CARD.to_json()) | alone))
+    card = ModelCard.read(path, PRESETS)
+    assert (card.guidance, card.tau) == ((0, 1.5, 2), (1.2, 1, 1))
+    assert json.loads(card.to_json())["guidance"] == [0, 1.5, 2]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tau": [1, 1]}))
+    assert "one per scale of every pixel budget (3)" in refusal(path)
+
+
 def test_sizes_follow_from_budget_and_stride():
     assert CARD.schedule("1:1", None).pixel_size == (8, 8)
     assert CARD.schedule("1:1", "less").pixel_size == (4, 4)

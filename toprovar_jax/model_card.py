@@ -27,7 +27,8 @@ class ModelCard:
       transformer, image_tokenizer, text_encoder: configurations.
       pixel_budgets: name of each size it makes and the number of scales that takes.
       default_pixels: one of ``pixel_budgets``.
-      guidance, tau, top_k, top_p: default sampling.
+      guidance, tau, top_k, top_p: default sampling; the first two are one number, or one per scale in a model whose
+        pixel budgets all have so many scales.
       world: ``"scenes"`` for a model that knows the embedded world only, ``"scenes-single"`` for one that knows single
         objects of it, None for one that knows everything.
       training: how it was made, for the record.
@@ -42,8 +43,8 @@ class ModelCard:
     text_encoder: T5Config
     pixel_budgets: tuple[tuple[str, int], ...]
     default_pixels: str
-    guidance: float = 3.0
-    tau: float = 1.0
+    guidance: float | tuple[float, ...] = 3.0
+    tau: float | tuple[float, ...] = 1.0
     top_k: int = 900
     top_p: float = 0.97
     world: str | None = None
@@ -53,8 +54,12 @@ class ModelCard:
         _check_name(self.name, self.world)
         _check_budgets(self.pixel_budgets, self.default_pixels)
         for name in ("guidance", "tau"):
-            if isinstance(check_setting(name, getattr(self, name)), tuple):
-                raise UserInputError(f"default {name} list", "must be one number", "give lists with the request")
+            value = check_setting(name, getattr(self, name))
+            counts = {count for _, count in self.pixel_budgets}
+            if isinstance(value, tuple) and counts != {len(value)}:
+                listed = " or ".join(map(str, sorted(counts)))
+                rule = f"must have one per scale of every pixel budget ({listed})"
+                raise UserInputError(f"default {name} list of {len(value)} numbers", rule, "or give one number")
         check_setting("top_k", self.top_k)
         check_setting("top_p", self.top_p)
         _same("latent_channels", self.transformer.latent_channels, self.image_tokenizer.latent_channels)
@@ -144,6 +149,8 @@ class ModelCard:
     def _from_fields(cls, fields: dict[str, Any]) -> ModelCard:
         tokenizer = dict(fields.pop("image_tokenizer"))
         tokenizer["width_multipliers"] = tuple(tokenizer["width_multipliers"])
+        lists = [name for name in ("guidance", "tau") if isinstance(fields.get(name), list)]
+        fields |= {name: check_setting(name, fields[name]) for name in lists}
         return cls(
             transformer=InfinityConfig(**fields.pop("transformer")),
             image_tokenizer=ImageTokenizerConfig(**tokenizer),

@@ -101,12 +101,12 @@ class InfinityPipeline:
         return self.card.name
 
     @property
-    def default_guidance(self) -> float:
+    def default_guidance(self) -> float | tuple[float, ...]:
         """Guidance scale where none is given."""
         return self.card.guidance
 
     @property
-    def default_tau(self) -> float:
+    def default_tau(self) -> float | tuple[float, ...]:
         """Temperature where none is given."""
         return self.card.tau
 

@@ -144,7 +144,7 @@ def test_a_tokenizer_with_every_loss_is_trained_and_resumed(tmp_path, monkeypatc
 
 
 def test_records_from_before_a_field_serve_its_default_alone():
-    younger = {"perceptual", "entropy", "adversarial", "adversarial_from", "scale_weights"}
+    younger = {"perceptual", "entropy", "adversarial", "adversarial_from", "scale_weights", "unroll", "guidance", "tau"}
     for record in (RECIPE.of_tokenizer, RECIPE.of_transformer):
         assert not younger & record.keys()
     changed = dataclasses.replace(RECIPE, perceptual=0.5, scale_weights="none")

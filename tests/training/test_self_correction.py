@@ -64,6 +64,18 @@ def test_flip_rates_are_hundredths_up_to_the_strength_shared_by_the_batch():
     assert max(rates) - min(rates) > 0.1
 
 
+def test_scales_can_have_strengths_of_their_own_and_the_last_one_serves_the_rest():
+    schedule = ScaleSchedule.of("1:1", 4)
+    rates = np.zeros((24, 4))
+    for seed in range(len(rates)):
+        masks = draw_flips(jax.random.key(seed), schedule, 16, 64, strength=(0.9, 0.0, 0.3), scales=4)
+        rates[seed] = [mask.mean() for mask in masks]
+    assert 0.6 < rates[:, 0].max() < 0.95
+    assert not rates[:, 1].any()
+    assert (rates[:, 2:].max(axis=0) > 0.2).all()
+    assert (rates[:, 2:].max(axis=0) < 0.35).all()
+
+
 def test_only_the_first_scales_are_disturbed(schedule):
     assert len(draw_flips(jax.random.key(0), schedule, 1, 4, strength=0.3, scales=2)) == 2
     assert len(draw_flips(jax.random.key(0), schedule, 1, 4, strength=0.3, scales=13)) == 3
@@ -73,3 +85,5 @@ def test_only_the_first_scales_are_disturbed(schedule):
 def test_a_strength_that_is_no_probability_is_refused(schedule):
     with pytest.raises(UserInputError, match=r"strength 30.0: must be in \[0, 1\]"):
         draw_flips(jax.random.key(0), schedule, 1, 4, strength=30.0, scales=1)
+    with pytest.raises(UserInputError, match=r"strength \(0.3, -0.1\): must be in \[0, 1\]"):
+        draw_flips(jax.random.key(0), schedule, 1, 4, strength=(0.3, -0.1), scales=1)

@@ -216,6 +216,21 @@ def test_bfloat16_products_keep_float32_weights_and_give_nearly_the_same_gradien
     assert 1e-5 < np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 0.05
 
 
+def test_layers_compiled_one_by_one_give_the_same_gradient(make_trainer, trainer, batch):
+    unrolled = make_trainer(dataclasses.replace(trainer.training, unroll=True))
+    parameters = trainer.init(0).parameters
+
+    def gradient(of):
+        return jax.jit(jax.grad(lambda p: of._loss(p, *batch, jax.random.key(0))[0]))
+
+    loops = [gradient(of).lower(parameters).as_text().count("stablehlo.while") for of in (trainer, unrolled)]
+    assert loops[0] > loops[1]
+    ours, theirs = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient(of)(parameters))]) for of in (unrolled, trainer)
+    )
+    assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 1e-5
+
+
 def test_a_steps_operations_are_counted_whatever_is_computed_twice(make_trainer, trainer):
     again = make_trainer(dataclasses.replace(trainer.training, remat=True))
     flops = trainer.step_flops(4, 6)

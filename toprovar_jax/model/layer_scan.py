@@ -23,6 +23,7 @@ def scan_layers(
     own: Any = (),
     data: Any = (),
     remat: bool = False,
+    unroll: bool = False,
 ) -> tuple[Any, Any]:
     """``carry, output = body(carry, layer, index, own)`` for the layers ``start`` to ``stop - 1``.
 
@@ -35,6 +36,7 @@ def scan_layers(
       own: pytree of arrays with a leading axis of length ``stop - start``: what only these layers have.
       data: what else the body reads that may differ between devices inside ``shard_map``.
       remat: for gradients, keep nothing of a layer but its input and compute the rest anew on the way back.
+      unroll: compile the layers one after the other instead of a loop over the whole stack.
 
     Returns:
       The last carry, and the outputs stacked over the layers of the range.
@@ -44,15 +46,15 @@ def scan_layers(
     """
     carry = as_varying(carry, (carry, data))
     if remat:
-        # A scan keeps the compiler from merging the two computations of a layer; no barrier is needed for that.
-        body = jax.checkpoint(body, prevent_cse=False)
+        # A loop keeps the compiler from merging the two computations of a layer; no barrier is needed for that.
+        body = jax.checkpoint(body, prevent_cse=unroll)
     if (start, stop) == (0, depth):
 
         def whole(carry, item):
             layer, index, own = item
             return body(carry, layer, index, own)
 
-        return jax.lax.scan(whole, carry, (stacked, jnp.arange(depth), own))
+        return jax.lax.scan(whole, carry, (stacked, jnp.arange(depth), own), unroll=unroll)
 
     def part(carry, item):
         index, own = item

@@ -177,6 +177,7 @@ class Infinity(nnx.Module):
         *,
         keep: Float[Array, "L 2 B"] | None = None,
         remat: bool = False,
+        unroll: bool = False,
     ) -> Float[Array, "B S Z 2"]:
         """Scores of every bit of every scale in one pass; scale i sees the scales up to i (MODEL_SPEC 9.4).
 
@@ -187,6 +188,7 @@ class Infinity(nnx.Module):
           keep: stochastic-depth factors of every layer's two gated branches.
           remat: gradient checkpointing: on the way back every layer's activations are computed anew from its input,
             which costs a third more operations and leaves one layer's activations in memory instead of all.
+          unroll: compile every layer instead of a loop over them, which takes longer once; a CPU then trains faster.
         """
         condition = self.condition(features, lengths)
         tokens = jnp.concatenate([self.start_tokens(condition), self.embed(inputs)], axis=1)
@@ -220,5 +222,5 @@ class Infinity(nnx.Module):
         factors = jnp.ones((depth, 2, tokens.shape[0]), jnp.float32) if keep is None else keep
         stacked = (self.layers, condition.keys, condition.values, factors)
         x = tokens if every_chunk else tokens + level
-        x, _ = scan_layers(body, x, stacked, 0, depth, depth, data=(condition, factors), remat=remat)
+        x, _ = scan_layers(body, x, stacked, 0, depth, depth, data=(condition, factors), remat=remat, unroll=unroll)
         return self.head(x, condition.head_modulation)

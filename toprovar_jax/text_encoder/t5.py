@@ -122,12 +122,15 @@ class T5Encoder(nnx.Module):
 
         self.layers = stack(rngs)
 
-    def __call__(self, tokens: Int[Array, "B P"], lengths: Int[Array, " B"]) -> Float[Array, "B P E"]:
+    def __call__(
+        self, tokens: Int[Array, "B P"], lengths: Int[Array, " B"], *, unroll: bool = False
+    ) -> Float[Array, "B P E"]:
         """Text features of padded prompts.
 
         Args:
           tokens: ids below ``config.vocab_size``; whatever stands at or after a prompt's length is ignored.
           lengths: tokens of each prompt, its end token included, at most P.
+          unroll: compile every layer instead of a loop over them.
 
         Returns:
           float32 features after the final norm; rows at or after a prompt's length are zero. An id outside the
@@ -141,7 +144,9 @@ class T5Encoder(nnx.Module):
             + jnp.where(valid, jnp.float32(0), jnp.finfo(jnp.float32).min)[:, None, None]
         )
         hidden = jnp.take(self.embedding[...], jnp.where(valid, tokens, 0), axis=0, mode="fill").astype(jnp.float32)
-        hidden, _ = jax.lax.scan(lambda carry, layer: (layer(carry, logit_bias), None), hidden, self.layers)
+        hidden, _ = jax.lax.scan(
+            lambda carry, layer: (layer(carry, logit_bias), None), hidden, self.layers, unroll=unroll
+        )
         return jnp.where(valid[..., None], self.final_norm(hidden), 0)
 
     def _position_bias(self, length: int) -> Float[Array, "N P P"]:

@@ -11,7 +11,6 @@ from toprovar_jax.generation import InfinityModel
 from toprovar_jax.loading import TOKENIZER, save_model
 from toprovar_jax.model_card import ModelCard
 from toprovar_jax.training.recipes import Recipe
-from toprovar_jax.training.sheets import GUIDANCE
 from toprovar_jax.training.tokenizer_stage import load_image_tokenizer
 from toprovar_jax.training.transformer_stage import read_text_tokenizer, transformer_trainer
 
@@ -41,7 +40,8 @@ def export(directory: Path, recipe: Recipe) -> Path:
         text_encoder=trainer.text_config,
         pixel_budgets=((recipe.pixels, recipe.num_scales),),
         default_pixels=recipe.pixels,
-        guidance=GUIDANCE,
+        guidance=recipe.guidance,
+        tau=recipe.tau,
         top_k=0,
         top_p=1.0,
         world="scenes",

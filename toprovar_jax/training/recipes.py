@@ -22,7 +22,10 @@ from toprovar_jax.training.transformer import TransformerTraining
 
 _TOKENIZER_LOSSES = ("perceptual", "entropy", "adversarial", "adversarial_from")
 
-_YOUNGER = (*_TOKENIZER_LOSSES, "scale_weights")
+_SAMPLING = ("guidance", "tau")
+"""Fields that training does not depend on."""
+
+_YOUNGER = (*_TOKENIZER_LOSSES, "scale_weights", "unroll")
 """Fields that records of older checkpoints do not have."""
 
 
@@ -48,10 +51,13 @@ class Recipe:
       precision: of matrix products and convolutions while training. Parameters, optimiser, norms and losses are
         float32 either way.
       remat: whether the transformer's layers are computed again in the backward pass instead of kept.
+      unroll: whether the transformer's layers are compiled one by one instead of as a loop, which a CPU gains from at
+        batches of 64 and loses from at 32 (``benchmarks/training_speed.py`` measures a recipe both ways).
       perceptual, entropy, adversarial, adversarial_from: of the image tokenizer's loss
         (:class:`~toprovar_jax.training.image_tokenizer.TokenizerTraining`). The perceptual one compares what the judge
         of scenes sees, and needs pictures of 32 pixels a side.
       scale_weights: what a token's loss weighs (:func:`~toprovar_jax.training.losses.token_weights`).
+      guidance, tau: how pictures are sampled, in sheets and by default, one number or one per scale.
     """
 
     name: str
@@ -69,11 +75,14 @@ class Recipe:
     start_from: str | None = None
     precision: Precision = "exact"
     remat: bool = False
+    unroll: bool = False
     perceptual: float = 0.0
     entropy: float = 0.0
     adversarial: float = 0.0
     adversarial_from: int = 1000
     scale_weights: ScaleWeights = "root"
+    guidance: float | tuple[float, ...] = 2.0
+    tau: float | tuple[float, ...] = 1.0
 
     @property
     def schedule(self) -> ScaleSchedule:
@@ -108,7 +117,7 @@ class Recipe:
     @property
     def of_transformer(self) -> dict[str, Any]:
         """What the second stage depends on, the first one's result included."""
-        return self._record(field.name for field in dataclasses.fields(self))
+        return self._record(field.name for field in dataclasses.fields(self) if field.name not in _SAMPLING)
 
     def _record(self, names: Iterable[str]) -> dict[str, Any]:
         """Fields by name; younger ones only where they are not at their default, which is what older records mean."""
@@ -133,8 +142,8 @@ class Recipe:
     def transformer_training(self, num_steps: int) -> TransformerTraining:
         """Hyperparameters of the second stage."""
         base = TransformerTraining.for_scenes(num_steps)
-        own = {"learning_rate": self.learning_rates[1], "remat": self.remat, "scale_weights": self.scale_weights}
-        return dataclasses.replace(base, **own)
+        own = {name: getattr(self, name) for name in ("remat", "unroll", "scale_weights")}
+        return dataclasses.replace(base, learning_rate=self.learning_rates[1], **own)
 
     def draw(self, key: Key[Array, ""], batch: int) -> tuple[Scenes, Float[Array, "B h w 3"]]:
         """Random scenes and their pictures, in [0, 1]."""
@@ -161,12 +170,18 @@ SCENES_SMALL = Recipe(
     text_layers=2,
     num_scales=5,
     tokenizer_batch=8,
-    batch=32,
+    batch=64,
     pool=40960,
     held_out=512,
     pixels="0.004M",
+    unroll=True,
+    guidance=(1.0, 1.5, 2.0, 3.0, 3.0),
+    tau=(1.5, 1.0, 1.0, 1.0, 1.0),
 )
-"""64 x 64 pixels, 121 tokens of 32 bits: small enough to train on two CPU cores."""
+"""64 x 64 pixels, 121 tokens of 32 bits: small enough to train on two CPU cores.
+
+The first scale is sampled freely, since what captions leave open is decided there, and later ones keep to the caption.
+"""
 
 SCENES_MEDIUM = dataclasses.replace(
     SCENES_SMALL,
@@ -176,6 +191,9 @@ SCENES_MEDIUM = dataclasses.replace(
     pool=3072,
     held_out=128,
     pixels="0.016M",
+    unroll=False,
+    guidance=2.0,
+    tau=1.0,
     learning_rates=(1e-3, 1e-3),
     start_from="scenes-small",
 )

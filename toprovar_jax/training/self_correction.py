@@ -61,27 +61,34 @@ def self_correct(
 
 
 def draw_flips(
-    key: Key[Array, ""], schedule: ScaleSchedule, batch: int, channels: int, *, strength: float, scales: int
+    key: Key[Array, ""],
+    schedule: ScaleSchedule,
+    batch: int,
+    channels: int,
+    *,
+    strength: float | Sequence[float],
+    scales: int,
 ) -> list[UInt8[Array, "B _ _ C"]]:
-    """Random flips: one probability per scale, shared by the batch, uniform on 0, 0.01, ... ``strength``.
+    """Random flips: one probability per scale, shared by the batch, uniform on 0, 0.01, ... its ``strength``.
 
     Args:
       key: where they come from.
       schedule: the scales.
       batch, channels: B and C of the latents.
-      strength: largest probability, in [0, 1].
+      strength: largest probability, in [0, 1]; or one for each of the first scales, the last for those after too.
       scales: how many of the first scales are disturbed; more than there are means all.
 
     Raises:
-      UserInputError: ``strength`` is not a probability.
+      UserInputError: ``strength`` is not a probability, or none is given.
     """
-    if not 0.0 <= strength <= 1.0:
+    strengths = (strength,) if isinstance(strength, (int, float)) else tuple(strength)
+    if not strengths or not all(0.0 <= each <= 1.0 for each in strengths):
         raise UserInputError(f"self-correction strength {strength}", "must be in [0, 1]", "0.3 is the released models'")
-    # Not int(100 * strength): 100 * 0.29 is 28.999...
-    levels = math.floor(100 * strength + 1e-6) + 1
-    flips = []
-    for grid, scale_key in zip(schedule.latent_grids[:scales], jax.random.split(key, len(schedule)), strict=False):
-        which, where = jax.random.split(scale_key)
+    keys, flips = jax.random.split(key, len(schedule)), []
+    for k, grid in enumerate(schedule.latent_grids[:scales]):
+        which, where = jax.random.split(keys[k])
+        # Not int(100 * strength): 100 * 0.29 is 28.999...
+        levels = math.floor(100 * strengths[min(k, len(strengths) - 1)] + 1e-6) + 1
         probability = jax.random.randint(which, (), 0, levels).astype(jnp.float32) * 0.01
         mask = jax.random.bernoulli(where, probability, (batch, *grid, channels))
         flips.append(mask.astype(jnp.uint8))

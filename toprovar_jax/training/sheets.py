@@ -30,9 +30,6 @@ PROMPTS = (
 )
 """What the transformer is asked for again and again, in the order of the pictures."""
 
-GUIDANCE = 2.0
-"""Weight of guidance in sheets, and in the exported models' descriptions."""
-
 
 def write_sheet(path: Path, rows: Sequence[Any]) -> None:
     """Pictures in [0, 1], one row for each ``[B, h, w, 3]``, at most 12 in a row."""
@@ -51,7 +48,7 @@ def prompt_sheet(tokenizer: TextTokenizer, recipe: Recipe) -> Callable[[Path, In
     """
     batch = tokenizer.encode(list(PROMPTS), max_length=recipe.transformer.text_length, strict=False)
     ids, lengths = jnp.asarray(batch.ids), jnp.asarray(batch.lengths)
-    sampling = Sampling(guidance=GUIDANCE, top_k=0, top_p=1.0)
+    sampling = Sampling(guidance=recipe.guidance, tau=recipe.tau, top_k=0, top_p=1.0)
 
     @jax.jit
     def draw(model: InfinityModel, keys: Any) -> Any:
