@@ -175,7 +175,7 @@ SCENES_SMALL = Recipe(
     held_out=512,
     pixels="0.004M",
     unroll=True,
-    guidance=(1.0, 1.5, 2.0, 3.0, 3.0),
+    guidance=(1.0, 2.0, 3.0, 3.0, 3.0),
     tau=(1.5, 1.0, 1.0, 1.0, 1.0),
 )
 """64 x 64 pixels, 121 tokens of 32 bits: small enough to train on two CPU cores.
