@@ -51,8 +51,8 @@ class Recipe:
       precision: of matrix products and convolutions while training. Parameters, optimiser, norms and losses are
         float32 either way.
       remat: whether the transformer's layers are computed again in the backward pass instead of kept.
-      unroll: whether the transformer's layers are compiled one by one instead of as a loop, which a CPU gains from at
-        batches of 64 and loses from at 32 (``benchmarks/training_speed.py`` measures a recipe both ways).
+      unroll: whether the transformer's layers are compiled one by one instead of as a loop, which a CPU may gain from
+        (``benchmarks/training_speed.py`` measures a recipe both ways; it depends on the batch).
       perceptual, entropy, adversarial, adversarial_from: of the image tokenizer's loss
         (:class:`~toprovar_jax.training.image_tokenizer.TokenizerTraining`). The perceptual one compares what the judge
         of scenes sees, and needs pictures of 32 pixels a side.
