@@ -21,6 +21,9 @@ from toprovar_jax.text_encoder import TextTokenizer
 from toprovar_jax.training.recipes import Recipe, draw_scenes
 from toprovar_jax.training.transformer import Captions
 
+_POOL_FIELDS = ("image_tokenizer", "num_scales", "pool", "held_out", "seed", "precision")
+"""Of a recipe: what its pools depend on, besides the tokenizer's weights."""
+
 
 class Pool(NamedTuple):
     """Encoded pictures on the host: their scenes, and latents ``[pool, h, w, C]`` float32."""
@@ -72,13 +75,14 @@ def make_pools(directory: Path, recipe: Recipe, tokenizer: ImageTokenizer, sourc
     """Training and held-out pictures; without a pool in the recipe only the latter.
 
     Args:
-      directory: holds ``pool.npz``, a copy that will do if it comes from the same recipe and tokenizer.
+      directory: holds ``pool.npz``, a copy that will do if it comes from the same fields of the recipe and the same
+        tokenizer.
       recipe: how many.
       tokenizer: encodes them.
       source: the bytes the tokenizer was read from.
     """
     key = jax.random.key(recipe.seed)
-    made_from = f"{recipe} {hashlib.sha256(source).hexdigest()}"
+    made_from = f"{[getattr(recipe, name) for name in _POOL_FIELDS]} {hashlib.sha256(source).hexdigest()}"
     path = directory / "pool.npz"
     sizes = {"training": recipe.pool, "held_out": recipe.held_out}
     if path.exists():
