@@ -19,7 +19,11 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from convert.copying import copy_into, is_finite
 from toprovar_jax.errors import UserInputError
+
+Reader = Callable[[], np.ndarray]
+"""Reads one tensor of a checkpoint, best lazily: a view of a memory map."""
 
 Layout = Literal["as_is", "linear", "conv", "reshape"]
 """How a tensor is stored officially, relative to ours.
@@ -83,12 +87,13 @@ def _squeezed(shape: Iterable[int]) -> tuple[int, ...]:
 def prepare_filling(
     abstract: nnx.Module,
     rules: Iterable[Rule],
-    tensors: Mapping[str, Callable[[], np.ndarray]],
+    tensors: Mapping[str, Reader],
     *,
     source: str,
     canonical: Callable[[str], str | None] = lambda name: name,
     dtype: Callable[[str], Any] | None = None,
     place: Callable[[np.ndarray], jax.Array] = jnp.asarray,
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> Callable[[], nnx.Module]:
     """Check that tensors under their official names fill a module built by ``nnx.eval_shape``; returns what fills it.
 
@@ -104,35 +109,18 @@ def prepare_filling(
       canonical: maps a name as found to the table's spelling, or to None for a buffer that carries no information.
       dtype: dtype of the parameter at a dotted path; default that of ``abstract``.
       place: puts a host array on its device.
+      sharding: instead of ``place``, where the parameter at a dotted path and of that shape goes.
 
     Raises:
       UserInputError: names that are unknown, missing, or given twice under two spellings, tensors of another shape or
         of a type that is not floating; and, when the module is filled, numbers that are not finite in the chosen dtype.
         All tensors are listed, those that differ in a number of their name only as one entry with its range.
     """
-    by_target: dict[str, list[Rule]] = {}
-    known: set[str] = set()
-    for rule in rules:
-        by_target.setdefault(rule.target, []).append(rule)
-        known.add(rule.official)
-    found = {name: canonical(name) for name in tensors}
-    reading = {ours: tensors[name] for name, ours in found.items() if ours is not None}
-    spellings = Counter(ours for ours in found.values() if ours is not None)
-    names = {
-        "unknown": sorted(name for name, ours in found.items() if ours is not None and ours not in known),
-        "missing": sorted(known - spellings.keys()),
-        "given twice": sorted(name for name, ours in found.items() if ours is not None and spellings[ours] > 1),
-    }
     graph, state = nnx.split(abstract)
     parameters = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
-    if parameters.keys() != by_target.keys():
-        raise KeyError(f"table and module disagree about {sorted(parameters.keys() ^ by_target.keys())}")
     shapes = {target: tuple(variable.get_value().shape) for target, (_, variable) in parameters.items()}
-    problems = [f"{kind}: {_collapsed(which)}" for kind, which in names.items() if which]
-    problems += _mismatches(by_target, reading, shapes)
-    if problems:
-        rule = f"does not fit the model: {'; '.join(problems)}"
-        raise UserInputError(f"checkpoint {source}", rule, "choose the matching model")
+    by_target = rules_by_target(rules, shapes)
+    reading = match_tensors(by_target, shapes, tensors, source=source, canonical=canonical)
 
     def fill() -> nnx.Module:
         filled, spoilt = [], []
@@ -142,20 +130,75 @@ def prepare_filling(
             spoilt += not_finite
             # A spoilt checkpoint is read to its end, to name all that is wrong with it, but no longer placed.
             if not spoilt:
-                filled.append((path, variable.replace(place(array))))
+                placed = jax.device_put(array, sharding(target, array.shape)) if sharding else place(array)
+                filled.append((path, variable.replace(placed)))
         if spoilt:
-            rule = f"has numbers that are not finite in {_collapsed(spoilt)}"
-            raise UserInputError(f"checkpoint {source}", rule, "fetch it again or take another one")
+            raise spoilt_checkpoint(source, spoilt)
         return nnx.merge(graph, nnx.from_flat_state(filled))
 
     return fill
 
 
 def fill_module(
-    abstract: nnx.Module, rules: Iterable[Rule], tensors: Mapping[str, Callable[[], np.ndarray]], **options: Any
+    abstract: nnx.Module, rules: Iterable[Rule], tensors: Mapping[str, Reader], **options: Any
 ) -> nnx.Module:
     """:func:`prepare_filling` and the filling itself, for a model of one module."""
     return prepare_filling(abstract, rules, tensors, **options)()
+
+
+def rules_by_target(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Rule]]:
+    """A table's rules by the parameter they fill: one, or one per layer.
+
+    Raises:
+      KeyError: ``shapes``, by path, are not those of the table's parameters.
+    """
+    by_target: dict[str, list[Rule]] = {}
+    for rule in rules:
+        by_target.setdefault(rule.target, []).append(rule)
+    if shapes.keys() != by_target.keys():
+        raise KeyError(f"table and module disagree about {sorted(shapes.keys() ^ by_target.keys())}")
+    return by_target
+
+
+def match_tensors(
+    by_target: Mapping[str, list[Rule]],
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Reader],
+    *,
+    source: str,
+    canonical: Callable[[str], str | None],
+) -> dict[str, Reader]:
+    """The tensors that a model needs, by their official names.
+
+    Args:
+      by_target: the table, by the path of the parameter.
+      shapes: of the parameters.
+      tensors, source, canonical: see :func:`prepare_filling`.
+
+    Raises:
+      UserInputError: see :func:`prepare_filling`.
+    """
+    found = {name: canonical(name) for name in tensors}
+    reading = {ours: tensors[name] for name, ours in found.items() if ours is not None}
+    known = {rule.official for rules in by_target.values() for rule in rules}
+    spellings = Counter(ours for ours in found.values() if ours is not None)
+    names = {
+        "unknown": sorted(name for name, ours in found.items() if ours is not None and ours not in known),
+        "missing": sorted(known - spellings.keys()),
+        "given twice": sorted(name for name, ours in found.items() if ours is not None and spellings[ours] > 1),
+    }
+    problems = [f"{kind}: {_collapsed(which)}" for kind, which in names.items() if which]
+    problems += _mismatches(by_target, reading, shapes)
+    if problems:
+        rule = f"does not fit the model: {'; '.join(problems)}"
+        raise UserInputError(f"checkpoint {source}", rule, "choose the matching model")
+    return reading
+
+
+def spoilt_checkpoint(source: str, names: Iterable[str]) -> UserInputError:
+    """The error for tensors with numbers that are not finite."""
+    rule = f"has numbers that are not finite in {_collapsed(names)}"
+    return UserInputError(f"checkpoint {source}", rule, "fetch it again or take another one")
 
 
 def _mismatches(by_target, reading, shapes) -> Iterator[str]:
@@ -178,23 +221,17 @@ def _mismatches(by_target, reading, shapes) -> Iterator[str]:
 
 
 def _read(
-    rules: list[Rule], reading: Mapping[str, Callable[[], np.ndarray]], shape: tuple[int, ...], dtype: np.dtype
+    rules: list[Rule], reading: Mapping[str, Reader], shape: tuple[int, ...], dtype: np.dtype
 ) -> tuple[np.ndarray, list[str]]:
     """One parameter, assembled from its layers where it is stacked, and the tensors that are not finite in it."""
     out, spoilt = np.empty(shape, dtype), []
     for rule in rules:
         part = out if rule.layer is None else out[rule.layer, ...]
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below, by its name
-            np.copyto(part, rule.to_ours(reading[rule.official](), part.shape), casting="unsafe")
-        if not _is_finite(part):
+            copy_into(part, rule.to_ours(reading[rule.official](), part.shape))
+        if not is_finite(part):
             spoilt.append(rule.official)
     return out, spoilt
-
-
-def _is_finite(array: np.ndarray) -> bool:
-    """Whether no number of a contiguous ``array`` is infinite or NaN; piece by piece, so that memory stays small."""
-    flat, piece = array.reshape(-1), 1 << 18
-    return all(np.isfinite(flat[i : i + piece]).all() for i in range(0, flat.size, piece))
 
 
 def _collapsed(names: Iterable[str]) -> str:

@@ -40,7 +40,8 @@ def open_safetensors(path: Path | str) -> dict[str, Callable[[], np.ndarray]]:
         with safetensors.safe_open(str(path), framework="np") as checked:
             checked.keys()
     except (safetensors.SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # The text quotes the file, which may hold anything, commands to a terminal as well.
+        reason = ascii(str(error)[:300])[1:-1] or type(error).__name__
         raise UserInputError(
             f"file {path}", f"is not a readable safetensors file ({reason})", "it may be cut short: fetch it again"
         ) from None

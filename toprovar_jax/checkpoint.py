@@ -1,13 +1,16 @@
-"""Saving and restoring pytrees with orbax: atomic, numbered by step, the newest few kept."""
+"""Saving and restoring pytrees with orbax: numbered by step, the newest few kept; or single checkpoints of arrays."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from convert.orbax_writer import open_array
 from toprovar_jax.errors import UserInputError
 
 
@@ -55,3 +58,44 @@ class Checkpoints:
     def close(self) -> None:
         """Release the folder."""
         self._manager.close()
+
+
+def restore_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Arrays of one checkpoint, each straight into its sharding; those that are not asked for are not read.
+
+    One array is read at a time, and of it each part that a device holds: little host memory is needed beside them.
+
+    Args:
+      folder: an orbax checkpoint of nested dictionaries, stored as zarr arrays in OCDBT.
+      wanted: shape, dtype and sharding by dotted path; what is stored is cast.
+
+    Raises:
+      UserInputError: no checkpoint, a damaged one, or arrays that are missing or have another shape.
+    """
+    return {name: _restored(folder, name, leaf) for name, leaf in wanted.items()}
+
+
+def _restored(folder: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def failure(error: ValueError) -> UserInputError:
+        reason = str(error).strip().splitlines()[0][:300]
+        return UserInputError(f"checkpoint {folder}", f"cannot give {name} ({reason})", "convert it again")
+
+    try:
+        stored = open_array(folder, name)
+    except ValueError as error:
+        raise failure(error) from None
+    if stored.shape != leaf.shape:
+        shapes = f"has {name} of shape {stored.shape}, the model needs {leaf.shape}"
+        raise UserInputError(f"checkpoint {folder}", shapes, "convert the weights of this very model")
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        key = repr(index)  # devices that hold the same part share it
+        if key not in parts:
+            try:
+                parts[key] = stored[index or ()].read().result().astype(leaf.dtype, copy=False)
+            except ValueError as error:
+                raise failure(error) from None
+        return parts[key]
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)

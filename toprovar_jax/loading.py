@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -13,12 +14,14 @@ from flax import nnx
 from convert import image_tokenizer as image_tokenizer_table
 from convert import infinity as infinity_table
 from convert import t5 as t5_table
+from convert.dtypes import fast_dtype
 from convert.rules import Rule, official_state_dict, prepare_filling
 from convert.safetensors_io import open_safetensors, save_safetensors
 from pallas_kernels.attention.api import choose
 from pallas_kernels.attention.problem import Problem
 from pallas_kernels.attention.target import current_target
 from toprovar_jax.acceleration.calibration import Calibration
+from toprovar_jax.checkpoint import restore_arrays
 from toprovar_jax.config import InfinityConfig, Precision
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.generation import InfinityModel
@@ -37,6 +40,10 @@ CALIBRATION = "calibration.json"
 
 Network = TypeVar("Network", bound=nnx.Module)
 Tensors = Mapping[str, Callable[[], np.ndarray]]
+Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+"""From a parameter's dotted path, which begins with its network's name, and its shape."""
+Canonical = Callable[[Iterable[str]], Callable[[str], str | None]]
+"""From all names as found to the reading of each."""
 
 
 class LoadedModel(NamedTuple):
@@ -49,9 +56,16 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(
-    folder: Path, *, precision: Precision, attention: tuple[str, ...] = (), with_encoder: bool = False
+    folder: Path,
+    *,
+    precision: Precision,
+    attention: tuple[str, ...] = (),
+    with_encoder: bool = False,
+    shardings: Shardings | None = None,
 ) -> LoadedModel:
-    """Load a model folder: ``model.json``, three safetensors files under the official names, ``tokenizer.json``.
+    """Load a model folder: ``model.json``, ``tokenizer.json`` and three networks.
+
+    Each network is a folder that ``python -m convert`` has made, or a safetensors file under the official names.
 
     Parameters are float32 for ``exact``; for ``fast``, what enters matrix products of the blocks, the text encoder
     and the image tokenizer is bfloat16 and the rest float32.
@@ -61,6 +75,7 @@ def load_model(
       precision: how it will be computed.
       attention: see :meth:`ModelCard.with_attention`.
       with_encoder: also load the image tokenizer's encoder, which generation does not need.
+      shardings: where each parameter goes; default: the first device.
 
     Raises:
       UserInputError: a file that is missing, cut short or foreign, tensors that do not fit the description, or
@@ -79,36 +94,28 @@ def load_model(
             "use the tokenizer that belongs to the model",
         )
 
-    def parameter_dtype(target: str):
-        return jnp.bfloat16 if precision == "fast" and target.endswith(_MATRICES) else jnp.float32
+    def prepared(file: str, build: Callable[[], Network], rules: list[Rule], canonical: Canonical):
+        return _prepared(folder / file, build, rules, canonical, precision, shardings)
 
-    paths = [folder / name for name in (TRANSFORMER, IMAGE_TOKENIZER, TEXT_ENCODER)]
-    sources = [open_safetensors(path) for path in paths]
-    transformer = _prepared(
+    transformer = prepared(
+        TRANSFORMER,
         lambda: Infinity(card.transformer, rngs=nnx.Rngs(0)),
         infinity_table.rules(card.transformer),
-        sources[0],
-        source=str(paths[0]),
-        canonical=infinity_table.canonical_names(sources[0], card.transformer),
-        dtype=lambda target: parameter_dtype(target) if target.startswith("layers.") else jnp.float32,
+        lambda names: infinity_table.canonical_names(names, card.transformer),
     )
-    image_tokenizer = _prepared(
+    image_tokenizer = prepared(
+        IMAGE_TOKENIZER,
         lambda: ImageTokenizer(card.image_tokenizer, rngs=nnx.Rngs(0), with_encoder=with_encoder),
         image_tokenizer_table.rules(card.image_tokenizer, with_encoder=with_encoder),
-        sources[1],
-        source=str(paths[1]),
-        canonical=lambda name: image_tokenizer_table.canonical_name(name, with_encoder=with_encoder),
-        dtype=parameter_dtype,
+        lambda names: lambda name: image_tokenizer_table.canonical_name(name, with_encoder=with_encoder),
     )
-    text_encoder = _prepared(
+    text_encoder = prepared(
+        TEXT_ENCODER,
         lambda: T5Encoder(card.text_encoder, rngs=nnx.Rngs(0)),
         t5_table.rules(card.text_encoder),
-        sources[2],
-        source=str(paths[2]),
-        canonical=t5_table.canonical_name,
-        dtype=parameter_dtype,
+        lambda names: t5_table.canonical_name,
     )
-    # All three have been checked by now; only then is anything placed.
+    # Files under the official names have been checked by now; only then is anything placed.
     networks = InfinityModel(transformer(), image_tokenizer(), text_encoder())
     return LoadedModel(card, networks, tokenizer, calibration)
 
@@ -135,17 +142,56 @@ def _check_attention(config: InfinityConfig) -> None:
 
 
 def _prepared(
-    build: Callable[[], Network], rules: list[Rule], tensors: Tensors, **options: Any
+    file: Path,
+    build: Callable[[], Network],
+    rules: list[Rule],
+    canonical: Canonical,
+    precision: Precision,
+    shardings: Shardings | None,
 ) -> Callable[[], Network]:
-    """What makes the network of ``build`` from ``tensors``, which have been checked, in place of its random numbers."""
-    return cast(Callable[[], Network], prepare_filling(nnx.eval_shape(build), rules, tensors, **options))
+    """What makes the network of ``build`` from ``file``, or from the converted folder beside it."""
+    name = file.stem
+    abstract = nnx.eval_shape(build)
+
+    def dtype(target: str) -> np.dtype:
+        return fast_dtype(name, target) if precision == "fast" else np.dtype(jnp.float32)
+
+    def sharding(target: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        if shardings is None:
+            return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return shardings(f"{name}.{target}", shape)
+
+    if file.with_suffix("").is_dir():
+        return lambda: _restored(file.with_suffix(""), abstract, dtype, sharding)
+    tensors = open_safetensors(file)
+    fill = prepare_filling(
+        abstract,
+        rules,
+        tensors,
+        source=str(file),
+        canonical=canonical(tensors),
+        dtype=dtype,
+        sharding=sharding if shardings else None,
+    )
+    return cast(Callable[[], Network], fill)
 
 
-_MATRICES = (
-    *("kernel", "embedding"),
-    *(f"layers.attention.{name}" for name in ("query", "key", "value", "output")),
-    *(f"layers.feed_forward.{name}" for name in ("gate", "up", "down")),
-)
+def _restored(
+    folder: Path,
+    abstract: Network,
+    dtype: Callable[[str], np.dtype],
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding],
+) -> Network:
+    """The network from its orbax checkpoint, every parameter straight to where it belongs."""
+    graph, state = nnx.split(abstract)
+    parameters = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    wanted = {}
+    for target, (_, variable) in parameters.items():
+        shape = tuple(variable.get_value().shape)
+        wanted[target] = jax.ShapeDtypeStruct(shape, dtype(target), sharding=sharding(target, shape))
+    arrays = restore_arrays(folder, wanted)
+    filled = [(path, variable.replace(arrays[target])) for target, (path, variable) in parameters.items()]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def save_model(folder: Path, card: ModelCard, networks: InfinityModel, tokenizer_json: str) -> None:

@@ -123,6 +123,7 @@ class ModelCard:
             raise UserInputError(f"file {path}", f"cannot be read ({reason})", "restore it") from None
         if not isinstance(fields, dict):
             raise UserInputError(f"file {path}", "must hold one JSON object", "restore it")
+        fields.pop("conversion", None)  # what the weights were converted from: the model is the same without it
         if "preset" in fields:
             others = sorted(fields.keys() - {"preset", "format"})
             if others:

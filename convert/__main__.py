@@ -1,0 +1,7 @@
+"""``python -m convert SOURCE... --out DIR``."""
+
+import sys
+
+from convert.command import main
+
+sys.exit(main())

@@ -1,0 +1,191 @@
+"""Orbax checkpoints of arrays that are produced piece by piece, so that no array is ever whole in memory.
+
+What is written is an ordinary orbax checkpoint (zarr arrays in an OCDBT store): orbax plans it and writes its metadata,
+only the numbers of each array come from here. Any orbax reader restores it, also into shardings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import math
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+Index = tuple[slice, ...]
+
+_CHUNK_BYTES = 32 << 20
+_PENDING_BYTES = 192 << 20
+"""How much may be on its way to the disk; a few chunks, so that reading and writing overlap."""
+
+_DATA_FILE_BYTES = 256 << 20
+"""Files of a store. What goes into one is held in memory until it is complete."""
+
+_PROCESS = "ocdbt.process_0"
+"""Where the first process of an orbax run writes; orbax merges such folders into one store when all are complete."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StreamedArray:
+    """An array that is still to be made.
+
+    Attributes:
+      shape, dtype: of the whole.
+      stacked: whether the first axis counts layers, which are produced and stored one by one.
+      pieces: makes it: an index into the whole and its numbers, contiguous, no more than a chunk at a time and every
+        element once. Arrays must not be changed once handed over.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    stacked: bool
+    pieces: Callable[[], Iterator[tuple[Index, np.ndarray]]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Shape of the pieces it is stored in: one layer, or part of one along its first axis."""
+        return chunk_shape(self.shape, self.dtype, stacked=self.stacked)
+
+
+def chunk_shape(shape: tuple[int, ...], dtype: np.dtype, *, stacked: bool) -> tuple[int, ...]:
+    """How an array is cut for storage: layers apart, and each into even parts of at most 32 MiB along its first axis.
+
+    A part is never less than one row, however long that is.
+    """
+    rest = shape[1:] if stacked else shape
+    if not rest:
+        return (1,) * len(shape)
+    parts = min(rest[0], math.ceil(math.prod(rest) * dtype.itemsize / _CHUNK_BYTES)) or 1
+    return (*(1,) * stacked, max(1, math.ceil(rest[0] / parts)), *rest[1:])
+
+
+def write_checkpoint(path: Path, arrays: Mapping[str, StreamedArray]) -> None:
+    """Write a checkpoint, one array after the other.
+
+    Args:
+      path: a folder that does not exist yet.
+      arrays: by dotted path; the checkpoint's tree has one level of dictionaries per part of it.
+
+    Raises:
+      OSError: the folder cannot be written or the disk is full.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (StreamedArray, _StreamedHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path.resolve(), nested(arrays))
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted path as a tree of dictionaries."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def open_array(path: Path, name: str) -> ts.TensorStore:
+    """The array ``name`` (a dotted path) of the checkpoint at ``path``, for reading parts of it.
+
+    Raises:
+      ValueError: no such array, or a store that cannot be read; so does reading a chunk that is damaged.
+    """
+    spec = {"driver": "zarr", "kvstore": _store(path, name)}
+    return ts.open(spec, open=True, read=True, context=_context()).result()
+
+
+def _store(folder: Path, name: str) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{folder.resolve()}/"}
+    return {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+
+
+@functools.cache
+def _context() -> ts.Context:
+    """Threads and caches of all stores; kept, for taking one down while its threads finish has been seen to crash."""
+    return ts.Context()
+
+
+class _StreamedHandler(ocp.type_handlers.TypeHandler):
+    """Writes :class:`StreamedArray` leaves as orbax writes numpy arrays, which is what readers take them for."""
+
+    def typestr(self) -> str:
+        return "np.ndarray"
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        raise NotImplementedError("streamed arrays are only written")
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+        raise NotImplementedError("streamed arrays are only written")
+
+    async def serialize(
+        self, values: Sequence[StreamedArray], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
+        async with _Pending(_PENDING_BYTES) as pending:
+            for value, info in zip(values, infos, strict=True):
+                await info.await_path_creation()
+                array = await ts.open(_spec(value, Path(info.parent_dir) / _PROCESS, info.name), context=_context())
+                for index, part in value.pieces():
+                    write = array[index].write(part, can_reference_source_data_indefinitely=True)
+                    await pending.add(write, part.nbytes)
+        return []  # everything is on the disk
+
+
+def _spec(value: StreamedArray, folder: Path, name: str) -> dict[str, Any]:
+    # Uncompressed: random-looking numbers hardly shrink, and compressing them would be slower than the disk.
+    metadata = {"shape": list(value.shape), "chunks": list(value.chunks), "compressor": None}
+    # As orbax lays out its stores: small metadata inside the tree, one manifest.
+    config = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000, "manifest_kind": "single"}
+    store = _store(folder, name) | {"target_data_file_size": _DATA_FILE_BYTES, "config": config, "assume_config": True}
+    return {
+        "driver": "zarr",
+        "kvstore": store,
+        "dtype": value.dtype.name,
+        "metadata": metadata,
+        "create": True,
+        # Readers of orbax take a chunk that is not there for damage, even where it would be all zeros.
+        "store_data_equal_to_fill_value": True,
+    }
+
+
+class _Pending:
+    """Writes under way, waited for together whenever their bytes reach a limit: few commits, bounded memory."""
+
+    def __init__(self, limit: int):
+        self._limit, self._bytes = limit, 0
+        self._writes: list[Awaitable[Any]] = []
+
+    async def add(self, write: Awaitable[Any], nbytes: int) -> None:
+        self._writes.append(write)
+        self._bytes += nbytes
+        if self._bytes >= self._limit:
+            await self.wait()
+
+    async def wait(self) -> None:
+        writes, self._writes, self._bytes = self._writes, [], 0
+        await asyncio.gather(*writes)
+
+    async def __aenter__(self) -> _Pending:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            await self.wait()
+        else:  # nothing may write any more when the folder is removed
+            await asyncio.gather(*self._writes, return_exceptions=True)
