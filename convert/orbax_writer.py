@@ -7,10 +7,12 @@ only the numbers of each array come from here. Any orbax reader restores it, als
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,14 @@ import tensorstore as ts
 
 Index = tuple[slice, ...]
 
-_CHUNK_BYTES = 32 << 20
+_CHUNK_BYTES = 8 << 20
+"""Small enough for the allocator to use the same memory again: fresh pages cost more than writing."""
+
 _PENDING_BYTES = 192 << 20
-"""How much may be on its way to the disk; a few chunks, so that reading and writing overlap."""
+"""How much may be on its way to the disk, so that reading and writing overlap."""
+
+_MAKERS = 2
+"""Threads that read, cast and transpose."""
 
 _DATA_FILE_BYTES = 256 << 20
 """Files of a store. What goes into one is held in memory until it is complete."""
@@ -39,14 +46,14 @@ class StreamedArray:
     Attributes:
       shape, dtype: of the whole.
       stacked: whether the first axis counts layers, which are produced and stored one by one.
-      pieces: makes it: an index into the whole and its numbers, contiguous, no more than a chunk at a time and every
-        element once. Arrays must not be changed once handed over.
+      pieces: an index into the whole and what makes its numbers, contiguous, no more than a chunk at a time and every
+        element once. They are made in several threads, a few ahead of the writing, and must not be changed afterwards.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     stacked: bool
-    pieces: Callable[[], Iterator[tuple[Index, np.ndarray]]]
+    pieces: Callable[[], Iterator[tuple[Index, Callable[[], np.ndarray]]]]
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +67,7 @@ class StreamedArray:
 
 
 def chunk_shape(shape: tuple[int, ...], dtype: np.dtype, *, stacked: bool) -> tuple[int, ...]:
-    """How an array is cut for storage: layers apart, and each into even parts of at most 32 MiB along its first axis.
+    """How an array is cut for storage: layers apart, and each into even parts of at most 8 MiB along its first axis.
 
     A part is never less than one row, however long that is.
     """
@@ -137,14 +144,31 @@ class _StreamedHandler(ocp.type_handlers.TypeHandler):
     async def serialize(
         self, values: Sequence[StreamedArray], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
-        async with _Pending(_PENDING_BYTES) as pending:
-            for value, info in zip(values, infos, strict=True):
-                await info.await_path_creation()
-                array = await ts.open(_spec(value, Path(info.parent_dir) / _PROCESS, info.name), context=_context())
-                for index, part in value.pieces():
-                    write = array[index].write(part, can_reference_source_data_indefinitely=True)
-                    await pending.add(write, part.nbytes)
+        with ThreadPoolExecutor(_MAKERS) as makers:
+            async with _Pending(_PENDING_BYTES) as pending:
+                for value, info in zip(values, infos, strict=True):
+                    await info.await_path_creation()
+                    array = await ts.open(_spec(value, Path(info.parent_dir) / _PROCESS, info.name), context=_context())
+                    async for index, part in _made_ahead(value, makers):
+                        write = array[index].write(part, can_reference_source_data_indefinitely=True)
+                        await pending.add(write, part.nbytes)
         return []  # everything is on the disk
+
+
+async def _made_ahead(value: StreamedArray, makers: ThreadPoolExecutor) -> AsyncIterator[tuple[Index, np.ndarray]]:
+    """The pieces in order; while one is taken, the next are being made."""
+    loop, ahead = asyncio.get_running_loop(), collections.deque()
+    try:
+        for index, make in value.pieces():
+            ahead.append((index, loop.run_in_executor(makers, make)))
+            if len(ahead) > _MAKERS:
+                index, made = ahead.popleft()
+                yield index, await made
+        while ahead:
+            index, made = ahead.popleft()
+            yield index, await made
+    finally:
+        await asyncio.gather(*(made for _, made in ahead), return_exceptions=True)
 
 
 def _spec(value: StreamedArray, folder: Path, name: str) -> dict[str, Any]:
@@ -165,27 +189,31 @@ def _spec(value: StreamedArray, folder: Path, name: str) -> dict[str, Any]:
 
 
 class _Pending:
-    """Writes under way, waited for together whenever their bytes reach a limit: few commits, bounded memory."""
+    """Writes under way, in two batches: one is written while the next is made. Few commits, bounded memory."""
 
     def __init__(self, limit: int):
-        self._limit, self._bytes = limit, 0
-        self._writes: list[Awaitable[Any]] = []
+        self._limit, self._bytes = limit // 2, 0
+        self._making: list[ts.WriteFutures] = []
+        self._writing: list[ts.WriteFutures] = []
 
-    async def add(self, write: Awaitable[Any], nbytes: int) -> None:
-        self._writes.append(write)
+    async def add(self, write: ts.WriteFutures, nbytes: int) -> None:
+        self._making.append(write)
         self._bytes += nbytes
         if self._bytes >= self._limit:
-            await self.wait()
+            await self._next()
 
-    async def wait(self) -> None:
-        writes, self._writes, self._bytes = self._writes, [], 0
-        await asyncio.gather(*writes)
+    async def _next(self) -> None:
+        for write in self._making:
+            write.commit.force()
+        await asyncio.gather(*self._writing)
+        self._writing, self._making, self._bytes = self._making, [], 0
 
     async def __aenter__(self) -> _Pending:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            await self.wait()
+            await self._next()
+            await self._next()
         else:  # nothing may write any more when the folder is removed
-            await asyncio.gather(*self._writes, return_exceptions=True)
+            await asyncio.gather(*self._writing, *self._making, return_exceptions=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -41,7 +42,7 @@ def streamed_arrays(
     Args:
       recognised: the network.
       dtype: see :func:`stored_dtype`.
-      progress: told the bytes of each piece when it has been made.
+      progress: told the bytes of each piece when it is about to be written.
 
     Raises:
       UserInputError: when pieces are made: a tensor has numbers that are not finite in the chosen dtype.
@@ -50,15 +51,18 @@ def streamed_arrays(
     def array(target: str) -> StreamedArray:
         shape, chosen = recognised.shapes[target], stored_dtype(recognised, target, dtype)
 
-        def pieces() -> Iterator[tuple[Index, np.ndarray]]:
+        def made(rule: Rule, part: np.ndarray) -> np.ndarray:
+            piece = np.empty(part.shape, chosen)
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below, by its name
+                copy_into(piece, part)
+            if not is_finite(piece):
+                raise spoilt_checkpoint(recognised.source.label, [rule.official])
+            return piece if rule.layer is None else piece[None]
+
+        def pieces() -> Iterator[tuple[Index, Callable[[], np.ndarray]]]:
             for rule, index, part in _parts(recognised, target, chosen):
-                piece = np.empty(part.shape, chosen)
-                with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below, by its name
-                    copy_into(piece, part)
-                if not is_finite(piece):
-                    raise spoilt_checkpoint(recognised.source.label, [rule.official])
-                yield index, piece if rule.layer is None else piece[None]
-                progress(piece.nbytes)
+                yield index, functools.partial(made, rule, part)
+                progress(part.size * chosen.itemsize)
 
         return StreamedArray(shape, chosen, recognised.rules[target][0].layer is not None, pieces)
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import weakref
 
 import jax
 import ml_dtypes
@@ -18,8 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from convert import conversion, orbax_writer, streaming, target
 from convert.conversion import convert, make_plan
-from convert.copying import copy_into
-from convert.orbax_writer import StreamedArray, chunk_shape, nested, open_array, write_checkpoint
+from convert.orbax_writer import nested, open_array, write_checkpoint
 from convert.recognise import TRANSFORMER, parameter_shapes
 from convert.safetensors_io import open_safetensors, save_safetensors
 from toprovar_jax.errors import UserInputError
@@ -279,50 +277,3 @@ def test_a_killed_conversion_leaves_nothing_under_the_targets_name(exact_origina
     assert (tmp_path / ".out.unfinished").is_dir()
     convert(plan_of(exact_originals, "transformer"), tmp_path / "out", verified=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-# The writer by itself.
-
-
-def test_pieces_of_a_chunk_are_all_that_is_held(tmp_path):
-    """The numbers that wait for the disk at any time, of an array many times larger."""
-    shape, dtype = (40, 256, 1024), np.dtype(np.float32)
-    made, alive = [], []
-
-    def pieces():
-        for layer in range(shape[0]):
-            part = np.full((1, *shape[1:]), layer, dtype)
-            made.append(weakref.ref(part))
-            yield (slice(layer, layer + 1), slice(0, shape[1]), slice(0, shape[2])), part
-            del part
-            alive.append(sum(reference() is not None for reference in made))
-
-    array = StreamedArray(shape, dtype, True, pieces)
-    limit, orbax_writer._PENDING_BYTES = orbax_writer._PENDING_BYTES, 4 << 20
-    try:
-        write_checkpoint(tmp_path / "checkpoint", {"a.b": array})
-    finally:
-        orbax_writer._PENDING_BYTES = limit
-    stored = open_array(tmp_path / "checkpoint", "a.b")
-    np.testing.assert_array_equal(stored[:, 3, 5].read().result(), np.arange(40, dtype=np.float32))
-    assert stored.chunk_layout.read_chunk.shape == (1, 256, 1024)
-    assert max(alive) <= 6 < array.nbytes / (1 << 20)
-
-
-def test_stored_pieces_are_one_layer_or_less():
-    bfloat16, float32 = BFLOAT16, np.dtype(np.float32)
-    assert chunk_shape((32, 2048, 8192), bfloat16, stacked=True) == (1, 2048, 8192)
-    assert chunk_shape((40, 3584, 14336), bfloat16, stacked=True) == (1, 896, 14336)
-    assert chunk_shape((32128, 2048), float32, stacked=False) == (4016, 2048)
-    assert chunk_shape((512,), float32, stacked=False) == (512,)
-    assert chunk_shape((3, 1 << 26), float32, stacked=False) == (1, 1 << 26)
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (129, 300), (256, 128), (130, 129, 2), (400,), (0, 4)], ids=str)
-@pytest.mark.parametrize("dtype", [np.float16, np.float32], ids=["float16", "float32"])
-def test_transposed_copies_are_copies(shape, dtype):
-    array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    for part in (array, array.T, array[1:].T, array[..., 1:].T):
-        out = np.full(part.shape, 7, BFLOAT16)
-        copy_into(out, part)
-        np.testing.assert_array_equal(out, part.astype(BFLOAT16))
