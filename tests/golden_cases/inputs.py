@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from convert import image_tokenizer as tokenizer_table
 from convert import infinity as transformer_table
 from convert import t5 as t5_table
 from convert.rules import fill_module
-from convert.safetensors_io import open_safetensors
+from convert.sources import open_source
 from toprovar_jax.acceleration import Dense, GenerationPlan
 from toprovar_jax.config import ImageTokenizerConfig, InfinityConfig
 from toprovar_jax.generation import Text, make_plan
@@ -28,10 +28,16 @@ from toprovar_jax.text_encoder import T5Config, T5Encoder
 from .findings import EXACT, Reference
 
 
+def weights_of(path: Path) -> Mapping[str, Callable[[], np.ndarray]]:
+    """The tensors of ``path``, or of what stands in its place: a ``.pth`` file or a folder of shards of that name."""
+    places = (path.with_suffix(".pth"), path.with_suffix(""))
+    return open_source([next((place for place in places if place.exists() and not path.exists()), path)]).tensors
+
+
 def load_transformer(config: Mapping[str, Any], path: Path) -> Infinity:
     """The transformer of a case, from its ``model`` options and a weights file."""
     ours = InfinityConfig.from_official(config)
-    tensors = open_safetensors(path)
+    tensors = weights_of(path)
     return fill_module(
         nnx.eval_shape(lambda: Infinity(ours, rngs=nnx.Rngs(0))),
         transformer_table.rules(ours),
@@ -44,7 +50,7 @@ def load_transformer(config: Mapping[str, Any], path: Path) -> Infinity:
 def load_tokenizer(config: Mapping[str, Any], path: Path) -> ImageTokenizer:
     """The image tokenizer of a case; without its encoder where the file has none."""
     ours = ImageTokenizerConfig.from_official(config)
-    tensors = open_safetensors(path)
+    tensors = weights_of(path)
     with_encoder = any(name.startswith("encoder.") for name in tensors)
     return fill_module(
         nnx.eval_shape(lambda: ImageTokenizer(ours, rngs=nnx.Rngs(0), with_encoder=with_encoder)),
@@ -61,7 +67,7 @@ def load_t5(config: Mapping[str, Any], path: Path) -> T5Encoder:
     return fill_module(
         nnx.eval_shape(lambda: T5Encoder(ours, rngs=nnx.Rngs(0))),
         t5_table.rules(ours),
-        open_safetensors(path),
+        weights_of(path),
         source=path.name,
         canonical=t5_table.canonical_name,
     )
