@@ -56,7 +56,7 @@ def read_prompts(path: str | pathlib.Path) -> list[PromptRequest]:
             f"prompts file {path}", "must end in .txt (a prompt a line) or .jsonl (an object a line)", "rename it"
         )
     requests = []
-    for number, line in enumerate(_lines(_read_text(path)), start=1):
+    for number, line in enumerate(lines_of(read_text(path)), start=1):
         content = line.strip().lstrip("\ufeff").strip()
         if content:
             request = read_line(content, f"{path.name} line {number}")
@@ -75,28 +75,31 @@ def with_positive_prompt(prompt: str) -> str:
     return prompt + _FACES if speaks_of_people and _FACES not in prompt else prompt
 
 
-def _lines(text: str) -> list[str]:
+def lines_of(text: str) -> list[str]:
     """``text`` at its line ends alone: ``str.splitlines`` would also part it at separators that prompts may hold."""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-def _read_text(path: pathlib.Path) -> str:
+def read_text(path: pathlib.Path, what: str = "prompts file") -> str:
+    """The text of a UTF-8 file, which messages call ``what``.
+
+    Raises:
+      UserInputError: the file cannot be read or is not text; in the second case the message carries the line number.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
         reason = (error.strerror or "unreadable").lower()
-        raise UserInputError(f"prompts file {path}", f"must be a readable file ({reason})", "check the path") from None
+        raise UserInputError(f"{what} {path}", f"must be a readable file ({reason})", "check the path") from None
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = len(_lines(raw[: error.start].decode("utf-8")))
-        raise UserInputError(
-            f"prompts file {path} line {line}", "must be UTF-8 text", "save the file as UTF-8"
-        ) from None
+        line = len(lines_of(raw[: error.start].decode("utf-8")))
+        raise UserInputError(f"{what} {path} line {line}", "must be UTF-8 text", "save the file as UTF-8") from None
     if "\0" in text:
-        line = len(_lines(text[: text.index("\0")]))
+        line = len(lines_of(text[: text.index("\0")]))
         raise UserInputError(
-            f"prompts file {path} line {line}", "must be text, but holds binary data", "save the file as UTF-8 text"
+            f"{what} {path} line {line}", "must be text, but holds binary data", "save the file as UTF-8 text"
         )
     return text
 

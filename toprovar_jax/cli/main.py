@@ -15,11 +15,12 @@ COMMANDS = {
     "compare": "make the same pictures by several policies, and show what each saves and spoils",
     "calibrate": "measure a model, and write the constants of the toprovar policies for it",
     "eval": "judge task by task how much of what prompts ask for a model draws",
+    "export-eval": "make the pictures that a public benchmark's scorer reads, in its own folder layout",
     "finetune": "train a model further on pictures with captions",
 }
 """Each is a module of this package with a ``main``; see :data:`MODULES`."""
 
-MODULES = {"eval": "evaluate"}
+MODULES = {"eval": "evaluate", "export-eval": "export_eval"}
 """Modules by the commands that have another name."""
 
 
