@@ -2,6 +2,6 @@
 
 import sys
 
-from convert.command import main
+from toprovar_jax.cli.convert import main
 
 sys.exit(main())

@@ -16,6 +16,7 @@ COMMANDS = {
     "calibrate": "measure a model, and write the constants of the toprovar policies for it",
     "eval": "judge task by task how much of what prompts ask for a model draws",
     "export-eval": "make the pictures that a public benchmark's scorer reads, in its own folder layout",
+    "convert": "turn released weights into a model folder",
     "finetune": "train a model further on pictures with captions",
 }
 """Each is a module of this package with a ``main``; see :data:`MODULES`."""

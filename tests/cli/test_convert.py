@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from convert.command import main, size
 from convert.safetensors_io import save_safetensors
+from toprovar_jax.cli.convert import main, size
 from toprovar_jax.config import ImageTokenizerConfig, InfinityConfig
 from toprovar_jax.loading import load_model
 from toprovar_jax.model_card import ModelCard
