@@ -2,8 +2,11 @@
 
 import importlib
 import pathlib
+import warnings
 
 import pytest
+
+from toprovar_jax.cli.convert import main
 
 FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 
@@ -60,3 +63,22 @@ raise SystemExit(fuzz_checkpoints.main())
     monkeypatch.setattr(fuzz, "__file__", str(worker))
     report = fuzz.run(seed=0, first=100, count=2)
     assert [(found["case"], found["outcome"].split(":")[0]) for found in report["violations"]] == [(101, ended)]
+
+
+def test_the_command_answers_damaged_files_with_one_line(fuzz, tmp_path, capsys):
+    """None of these tensors are a model's, so whatever can be read is refused as well."""
+    for number in range(60):
+        case = fuzz.fuzz_cases.make_case(1, number)
+        folder = tmp_path / str(number)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Duplicate name")  # archives with a name given twice are made on purpose
+            target = case.write(folder)
+        present = sorted(folder.iterdir())
+        assert main([str(target), "--out", str(tmp_path / "out")]) == 2, (number, case.mutation)
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("error: ")
+        assert said.err.endswith("\n")
+        assert said.err[:-1].isprintable(), (number, case.mutation)
+        assert sorted(folder.iterdir()) == present
+        assert not list(tmp_path.glob("*out*"))
