@@ -23,6 +23,7 @@ from toprovar_jax.generation import (
     run_scales,
     scale_step,
 )
+from toprovar_jax.memory_options import ON_DEVICE, MemoryOptions
 from toprovar_jax.model.text_conditioning import TextCondition
 from toprovar_jax.regroup import partition, take_images
 from toprovar_jax.sampling import ScaleSampling
@@ -94,8 +95,9 @@ class Drivers:
       seconds: time spent so far in ``compile``, ``text``, ``transformer`` and ``decoder``.
     """
 
-    def __init__(self, model: InfinityModel):
+    def __init__(self, model: InfinityModel, *, memory: MemoryOptions = ON_DEVICE):
         self.model = model
+        self.memory = memory
         self.seconds: dict[str, float] = {"compile": 0.0, "text": 0.0, "transformer": 0.0, "decoder": 0.0}
         self._executables: dict[Hashable, Any] = {}
 

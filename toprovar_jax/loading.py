@@ -27,6 +27,7 @@ from toprovar_jax.errors import UserInputError
 from toprovar_jax.generation import InfinityModel
 from toprovar_jax.hub import CARD
 from toprovar_jax.image_tokenizer import ImageTokenizer
+from toprovar_jax.memory_options import ON_DEVICE, MemoryOptions
 from toprovar_jax.model import Infinity
 from toprovar_jax.model_card import ModelCard
 from toprovar_jax.presets import PRESETS
@@ -62,6 +63,7 @@ def load_model(
     attention: tuple[str, ...] = (),
     with_encoder: bool = False,
     shardings: Shardings | None = None,
+    memory: MemoryOptions = ON_DEVICE,
 ) -> LoadedModel:
     """Load a model folder: ``model.json``, ``tokenizer.json`` and three networks.
 
@@ -76,6 +78,7 @@ def load_model(
       attention: see :meth:`ModelCard.with_attention`.
       with_encoder: also load the image tokenizer's encoder, which generation does not need.
       shardings: where each parameter goes; default: the first device.
+      memory: what of the networks stays off the device, and in which form.
 
     Raises:
       UserInputError: a file that is missing, cut short or foreign, tensors that do not fit the description, or

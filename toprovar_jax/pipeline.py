@@ -28,6 +28,7 @@ from toprovar_jax.generation import make_plan
 from toprovar_jax.hub import find_model
 from toprovar_jax.images import to_uint8
 from toprovar_jax.loading import LoadedModel, load_model
+from toprovar_jax.memory_options import ON_DEVICE, MemoryOptions
 from toprovar_jax.outputs import PipelineOutput
 from toprovar_jax.request import (
     Number,
@@ -58,9 +59,10 @@ class InfinityPipeline:
     settings and seed alone; with ``"fast"`` a batch is computed at once.
     """
 
-    def __init__(self, loaded: LoadedModel, *, load_seconds: float = 0.0):
+    def __init__(self, loaded: LoadedModel, *, load_seconds: float = 0.0, memory: MemoryOptions = ON_DEVICE):
         self.card, self.networks, self.tokenizer, self.calibration = loaded
-        self.drivers = Drivers(loaded.networks)
+        self.memory = memory
+        self.drivers = Drivers(loaded.networks, memory=memory)
         self._load_seconds = load_seconds
 
     @classmethod
@@ -70,6 +72,7 @@ class InfinityPipeline:
         *,
         precision: Precision | None = None,
         attention: str | Sequence[str] = (),
+        memory: MemoryOptions = ON_DEVICE,
     ) -> InfinityPipeline:
         """Load a model.
 
@@ -78,6 +81,7 @@ class InfinityPipeline:
           precision: ``"exact"`` (float32) or ``"fast"`` (bfloat16 products); default exact on CPU, fast elsewhere.
           attention: an implementation of :func:`pallas_kernels.attention`, or several, of which the first that can run
             is taken; by default the fastest that is proven on the device.
+          memory: how to fit a small device.
 
         Raises:
           UserInputError: an unknown model, attention that does not exist or cannot run here, or files that are missing,
@@ -92,8 +96,8 @@ class InfinityPipeline:
         if precision is None:
             precision = "exact" if jax.default_backend() == "cpu" else "fast"
         implementations = (attention,) if isinstance(attention, str) else tuple(attention)
-        loaded = load_model(folder, precision=precision, attention=implementations)
-        return cls(loaded, load_seconds=time.perf_counter() - start)
+        loaded = load_model(folder, precision=precision, attention=implementations, memory=memory)
+        return cls(loaded, load_seconds=time.perf_counter() - start, memory=memory)
 
     @property
     def model_name(self) -> str:

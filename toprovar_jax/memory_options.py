@@ -1,0 +1,52 @@
+"""How a model is fitted to a device with little memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+from toprovar_jax.errors import UserInputError
+
+TextEncoderPlace = Literal["device", "on_demand", "host"]
+Quantization = Literal["int8"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryOptions:
+    """What is given up so that a model needs less memory on its device. Static and hashable; all of them combine.
+
+    Attributes:
+      text_encoder: ``"device"``: stays there; ``"on_demand"``: kept in host memory, on the device only while it
+        encodes; ``"host"``: computed by the CPU.
+      stream_blocks: keep the transformer's blocks in host memory and bring them to the device layer by layer, at every
+        scale.
+      quantization: ``"int8"``: the matrices of the transformer's blocks as 8-bit integers with a scale per output
+        channel, multiplied out in the product; None: as they are.
+      decoder_strips: into how many horizontal strips the decoder's convolutions are cut; 1: not at all. The picture is
+        the same.
+
+    Raises:
+      UserInputError: a value that does not exist.
+    """
+
+    text_encoder: TextEncoderPlace = "device"
+    stream_blocks: bool = False
+    quantization: Quantization | None = None
+    decoder_strips: int = 1
+
+    def __post_init__(self) -> None:
+        places, kinds = get_args(TextEncoderPlace), get_args(Quantization)
+        if self.text_encoder not in places:
+            raise UserInputError(
+                f"text_encoder {self.text_encoder!r}", f"must be one of {', '.join(places)}", "choose one"
+            )
+        if self.quantization not in (None, *kinds):
+            raise UserInputError(
+                f"quantization {self.quantization!r}", f"must be {' or '.join(kinds)}", "leave it out for none"
+            )
+        if not isinstance(self.decoder_strips, int) or self.decoder_strips < 1:
+            raise UserInputError(f"decoder_strips {self.decoder_strips!r}", "must be an integer >= 1", "leave it out")
+
+
+ON_DEVICE = MemoryOptions()
+"""Everything stays on the device as it is."""
