@@ -93,7 +93,7 @@ def prepare_filling(
     canonical: Callable[[str], str | None] = lambda name: name,
     dtype: Callable[[str], Any] | None = None,
     place: Callable[[np.ndarray], jax.Array] = jnp.asarray,
-    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    place_named: Callable[[str, np.ndarray], Any] | None = None,
 ) -> Callable[[], nnx.Module]:
     """Check that tensors under their official names fill a module built by ``nnx.eval_shape``; returns what fills it.
 
@@ -109,7 +109,7 @@ def prepare_filling(
       canonical: maps a name as found to the table's spelling, or to None for a buffer that carries no information.
       dtype: dtype of the parameter at a dotted path; default that of ``abstract``.
       place: puts a host array on its device.
-      sharding: instead of ``place``, where the parameter at a dotted path and of that shape goes.
+      place_named: instead of ``place``, told the parameter's dotted path as well; what it returns is the parameter.
 
     Raises:
       UserInputError: names that are unknown, missing, or given twice under two spellings, tensors of another shape or
@@ -130,7 +130,7 @@ def prepare_filling(
             spoilt += not_finite
             # A spoilt checkpoint is read to its end, to name all that is wrong with it, but no longer placed.
             if not spoilt:
-                placed = jax.device_put(array, sharding(target, array.shape)) if sharding else place(array)
+                placed = place_named(target, array) if place_named else place(array)
                 filled.append((path, variable.replace(placed)))
         if spoilt:
             raise spoilt_checkpoint(source, spoilt)

@@ -14,6 +14,9 @@ from pallas_kernels.attention import mosaic_gpu
 from pallas_kernels.attention.cases import Case
 from pallas_kernels.attention.mosaic_gpu import MosaicGpuConfig
 from pallas_kernels.attention.target import current_target
+from toprovar_jax.memory_options import MemoryOptions
+
+from .stack_memory import check_stack_memory
 
 COMMAND = pathlib.Path(__file__).parent.parent / "benchmarks" / "aot_gpu.py"
 SMALL = Case("small", 1, 256, 700, 2, 64, 0.1, key_length=(333,))
@@ -118,3 +121,11 @@ def test_without_the_plugin_it_says_what_to_do():
     assert done.returncode == 2
     assert done.stderr.strip().endswith("run make aot-gpu")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("layers", [(0, 16), (2, 9)])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_stacks_are_never_converted_copied_or_fetched_as_a_whole(compiler, quantization, streamed, layers):
+    memory = MemoryOptions(stream_blocks=streamed, quantization=quantization)
+    check_stack_memory(gpu_mesh("H100"), memory, layers)

@@ -25,6 +25,9 @@ from pallas_kernels.ahead_of_time import (
 from pallas_kernels.attention import attention, mosaic_tpu
 from pallas_kernels.attention.mosaic_tpu import MosaicTpuConfig, mosaic_tpu_attention
 from pallas_kernels.attention.target import Target, current_target
+from toprovar_jax.memory_options import MemoryOptions
+
+from .stack_memory import check_stack_memory
 
 COMMAND = pathlib.Path(__file__).parent.parent / "benchmarks" / "aot_tpu.py"
 
@@ -154,3 +157,12 @@ def test_placing_keeps_shapes_and_dtypes():
     got = placed(tree, mesh, jax.sharding.PartitionSpec("chip"))
     assert (got["a"].shape, got["a"].dtype, got["b"].dtype) == ((4, 3), np.float32, jnp.bfloat16)
     assert got["a"].sharding.shard_shape((4, 3)) == (2, 3)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("layers", [(0, 16), (2, 9)])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_stacks_are_never_converted_copied_or_fetched_as_a_whole(quantization, streamed, layers):
+    memory = MemoryOptions(stream_blocks=streamed, quantization=quantization)
+    check_stack_memory(tpu_mesh("v5e:2x2"), memory, layers)

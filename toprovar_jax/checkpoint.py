@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from convert.orbax_writer import open_array
 from toprovar_jax.errors import UserInputError
@@ -75,27 +76,50 @@ def restore_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> 
     return {name: _restored(folder, name, leaf) for name, leaf in wanted.items()}
 
 
-def _restored(folder: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    def failure(error: ValueError) -> UserInputError:
-        reason = str(error).strip().splitlines()[0][:300]
-        return UserInputError(f"checkpoint {folder}", f"cannot give {name} ({reason})", "convert it again")
+def restore_layers(folder: Path, name: str, wanted: jax.ShapeDtypeStruct) -> Iterator[np.ndarray]:
+    """The layers of one stacked array, one after the other, on the host; see :func:`restore_arrays`.
 
-    try:
-        stored = open_array(folder, name)
-    except ValueError as error:
-        raise failure(error) from None
-    if stored.shape != leaf.shape:
-        shapes = f"has {name} of shape {stored.shape}, the model needs {leaf.shape}"
-        raise UserInputError(f"checkpoint {folder}", shapes, "convert the weights of this very model")
+    Args:
+      folder: as there.
+      name: its dotted path.
+      wanted: shape with its leading layer axis, and dtype.
+    """
+    stored = _opened(folder, name, wanted)
+    for layer in range(wanted.shape[0]):
+        yield _read(folder, name, stored, (layer,)).astype(wanted.dtype, copy=False)
+
+
+def _restored(folder: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    stored = _opened(folder, name, leaf)
     parts: dict[str, np.ndarray] = {}
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         key = repr(index)  # devices that hold the same part share it
         if key not in parts:
-            try:
-                parts[key] = stored[index or ()].read().result().astype(leaf.dtype, copy=False)
-            except ValueError as error:
-                raise failure(error) from None
+            parts[key] = _read(folder, name, stored, index or ()).astype(leaf.dtype, copy=False)
         return parts[key]
 
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+
+def _opened(folder: Path, name: str, leaf: jax.ShapeDtypeStruct) -> ts.TensorStore:
+    try:
+        stored = open_array(folder, name)
+    except ValueError as error:
+        raise _unreadable(folder, name, error) from None
+    if stored.shape != leaf.shape:
+        shapes = f"has {name} of shape {stored.shape}, the model needs {leaf.shape}"
+        raise UserInputError(f"checkpoint {folder}", shapes, "convert the weights of this very model")
+    return stored
+
+
+def _read(folder: Path, name: str, stored: ts.TensorStore, index: tuple[slice | int, ...]) -> np.ndarray:
+    try:
+        return stored[index].read().result()
+    except ValueError as error:
+        raise _unreadable(folder, name, error) from None
+
+
+def _unreadable(folder: Path, name: str, error: ValueError) -> UserInputError:
+    reason = str(error).strip().splitlines()[0][:300]
+    return UserInputError(f"checkpoint {folder}", f"cannot give {name} ({reason})", "convert it again")

@@ -370,4 +370,5 @@ def where_and_when() -> dict[str, Any]:
 
 def _apart(pipeline: InfinityPipeline) -> InfinityPipeline:
     """The same model with programs of its own."""
-    return InfinityPipeline(LoadedModel(pipeline.card, pipeline.networks, pipeline.tokenizer, pipeline.calibration))
+    loaded = LoadedModel(pipeline.card, pipeline.networks, pipeline.tokenizer, pipeline.calibration)
+    return InfinityPipeline(loaded, memory=pipeline.memory)

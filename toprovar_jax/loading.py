@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
@@ -21,7 +22,7 @@ from pallas_kernels.attention.api import choose
 from pallas_kernels.attention.problem import Problem
 from pallas_kernels.attention.target import current_target
 from toprovar_jax.acceleration.calibration import Calibration
-from toprovar_jax.checkpoint import restore_arrays
+from toprovar_jax.checkpoint import restore_arrays, restore_layers
 from toprovar_jax.config import InfinityConfig, Precision
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.generation import InfinityModel
@@ -29,7 +30,9 @@ from toprovar_jax.hub import CARD
 from toprovar_jax.image_tokenizer import ImageTokenizer
 from toprovar_jax.memory_options import ON_DEVICE, MemoryOptions
 from toprovar_jax.model import Infinity
+from toprovar_jax.model.quantization import Int8Matrix
 from toprovar_jax.model_card import ModelCard
+from toprovar_jax.placement import Placement, Shardings
 from toprovar_jax.presets import PRESETS
 from toprovar_jax.text_encoder import T5Encoder, TextTokenizer
 
@@ -41,19 +44,21 @@ CALIBRATION = "calibration.json"
 
 Network = TypeVar("Network", bound=nnx.Module)
 Tensors = Mapping[str, Callable[[], np.ndarray]]
-Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-"""From a parameter's dotted path, which begins with its network's name, and its shape."""
 Canonical = Callable[[Iterable[str]], Callable[[str], str | None]]
 """From all names as found to the reading of each."""
 
 
 class LoadedModel(NamedTuple):
-    """A model ready to run, with its calibration for ToProVAR if the folder holds one."""
+    """A model ready to run, with its calibration for ToProVAR if the folder holds one.
+
+    ``quantization_error`` is that of :class:`~toprovar_jax.placement.Placement`; empty where nothing is quantised.
+    """
 
     card: ModelCard
     networks: InfinityModel
     tokenizer: TextTokenizer
     calibration: Calibration | None = None
+    quantization_error: Mapping[str, float] = types.MappingProxyType({})
 
 
 def load_model(
@@ -97,8 +102,11 @@ def load_model(
             "use the tokenizer that belongs to the model",
         )
 
+    placements: dict[str, Placement] = {}
+
     def prepared(file: str, build: Callable[[], Network], rules: list[Rule], canonical: Canonical):
-        return _prepared(folder / file, build, rules, canonical, precision, shardings)
+        placements[file] = Placement(Path(file).stem, shardings, memory)
+        return _prepared(folder / file, build, rules, canonical, precision, placements[file])
 
     transformer = prepared(
         TRANSFORMER,
@@ -120,7 +128,7 @@ def load_model(
     )
     # Files under the official names have been checked by now; only then is anything placed.
     networks = InfinityModel(transformer(), image_tokenizer(), text_encoder())
-    return LoadedModel(card, networks, tokenizer, calibration)
+    return LoadedModel(card, networks, tokenizer, calibration, placements[TRANSFORMER].errors)
 
 
 def _check_calibration(calibration: Calibration, card: ModelCard) -> None:
@@ -150,7 +158,7 @@ def _prepared(
     rules: list[Rule],
     canonical: Canonical,
     precision: Precision,
-    shardings: Shardings | None,
+    placement: Placement,
 ) -> Callable[[], Network]:
     """What makes the network of ``build`` from ``file``, or from the converted folder beside it."""
     name = file.stem
@@ -159,13 +167,8 @@ def _prepared(
     def dtype(target: str) -> np.dtype:
         return fast_dtype(name, target) if precision == "fast" else np.dtype(jnp.float32)
 
-    def sharding(target: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        if shardings is None:
-            return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return shardings(f"{name}.{target}", shape)
-
     if file.with_suffix("").is_dir():
-        return lambda: _restored(file.with_suffix(""), abstract, dtype, sharding)
+        return lambda: _restored(file.with_suffix(""), abstract, dtype, placement)
     tensors = open_safetensors(file)
     fill = prepare_filling(
         abstract,
@@ -174,26 +177,24 @@ def _prepared(
         source=str(file),
         canonical=canonical(tensors),
         dtype=dtype,
-        sharding=sharding if shardings else None,
+        place_named=placement.place,
     )
     return cast(Callable[[], Network], fill)
 
 
-def _restored(
-    folder: Path,
-    abstract: Network,
-    dtype: Callable[[str], np.dtype],
-    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding],
-) -> Network:
+def _restored(folder: Path, abstract: Network, dtype: Callable[[str], np.dtype], placement: Placement) -> Network:
     """The network from its orbax checkpoint, every parameter straight to where it belongs."""
     graph, state = nnx.split(abstract)
-    parameters = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
-    wanted = {}
-    for target, (_, variable) in parameters.items():
-        shape = tuple(variable.get_value().shape)
-        wanted[target] = jax.ShapeDtypeStruct(shape, dtype(target), sharding=sharding(target, shape))
-    arrays = restore_arrays(folder, wanted)
-    filled = [(path, variable.replace(arrays[target])) for target, (path, variable) in parameters.items()]
+    filled = []
+    for path, variable in nnx.to_flat_state(state):
+        target, shape = ".".join(map(str, path)), tuple(variable.get_value().shape)
+        if placement.quantises(target):
+            wanted = jax.ShapeDtypeStruct(shape, dtype(target))
+            value = placement.quantised(target, shape, restore_layers(folder, target, wanted))
+        else:
+            wanted = jax.ShapeDtypeStruct(shape, dtype(target), sharding=placement.sharding(target, shape))
+            value = restore_arrays(folder, {target: wanted})[target]
+        filled.append((path, variable.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
@@ -207,10 +208,13 @@ def save_model(folder: Path, card: ModelCard, networks: InfinityModel, tokenizer
       tokenizer_json: the text of a ``tokenizer.json``.
 
     Raises:
-      ValueError: there is no text encoder.
+      ValueError: there is no text encoder, or the transformer is quantised.
     """
     if networks.text_encoder is None:
         raise ValueError("a model without text encoder cannot be saved: load_model needs all three networks")
+    variables = nnx.to_flat_state(nnx.state(networks.transformer))
+    if any(isinstance(variable.get_value(), Int8Matrix) for _, variable in variables):
+        raise ValueError("a quantised model cannot be saved: load it without quantization")
     folder.mkdir(parents=True, exist_ok=True)
     parts = (
         (TRANSFORMER, networks.transformer, infinity_table.rules(card.transformer)),

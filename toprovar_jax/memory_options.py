@@ -18,10 +18,12 @@ class MemoryOptions:
     Attributes:
       text_encoder: ``"device"``: stays there; ``"on_demand"``: kept in host memory, on the device only while it
         encodes; ``"host"``: computed by the CPU.
-      stream_blocks: keep the transformer's blocks in host memory and bring them to the device layer by layer, at every
-        scale.
-      quantization: ``"int8"``: the matrices of the transformer's blocks as 8-bit integers with a scale per output
-        channel, multiplied out in the product; None: as they are.
+      stream_blocks: keep the matrices of the transformer's blocks in host memory and bring them to the device layer by
+        layer, at every scale. The picture is the same; what it costs is their bytes times the scales that compute them:
+        for Infinity-2B, with 13 scales, 49 GB per picture or batch in bfloat16 and half of that with int8, against
+        which only as much computing hides as there is. On a CPU, whose memory is the host's, nothing is saved.
+      quantization: ``"int8"``: these matrices as 8-bit integers with a scale per output channel, multiplied out in the
+        product, which changes pictures a little; None: as they are.
       decoder_strips: into how many horizontal strips the decoder's convolutions are cut; 1: not at all. The picture is
         the same.
 

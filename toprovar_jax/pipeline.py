@@ -60,7 +60,7 @@ class InfinityPipeline:
     """
 
     def __init__(self, loaded: LoadedModel, *, load_seconds: float = 0.0, memory: MemoryOptions = ON_DEVICE):
-        self.card, self.networks, self.tokenizer, self.calibration = loaded
+        self.card, self.networks, self.tokenizer, self.calibration, self._quantization_error = loaded
         self.memory = memory
         self.drivers = Drivers(loaded.networks, memory=memory)
         self._load_seconds = load_seconds
@@ -98,6 +98,13 @@ class InfinityPipeline:
         implementations = (attention,) if isinstance(attention, str) else tuple(attention)
         loaded = load_model(folder, precision=precision, attention=implementations, memory=memory)
         return cls(loaded, load_seconds=time.perf_counter() - start, memory=memory)
+
+    @property
+    def quantization_error(self) -> dict[str, float]:
+        """How far quantised matrices are from the given ones: per kind of matrix the largest over the layers of
+        ``norm(quantised - given) / norm(given)`` (Frobenius); empty without quantisation.
+        """
+        return dict(self._quantization_error)
 
     @property
     def model_name(self) -> str:

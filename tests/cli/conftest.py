@@ -12,6 +12,7 @@ from PIL import Image
 from toprovar_jax.acceleration import POLICIES, Dense
 from toprovar_jax.cli.generate import main
 from toprovar_jax.errors import UserInputError
+from toprovar_jax.memory_options import ON_DEVICE, MemoryOptions
 from toprovar_jax.outputs import PipelineOutput, Timings
 
 SIDE = 8
@@ -43,8 +44,13 @@ class FakePipeline:
     default_guidance = 3.0
     default_tau = 1.0
 
-    def __init__(self, fail_at: int | None = None, failure: type[BaseException] = KeyboardInterrupt):
-        self.fail_at, self.failure = fail_at, failure
+    def __init__(
+        self,
+        fail_at: int | None = None,
+        failure: type[BaseException] = KeyboardInterrupt,
+        memory: MemoryOptions = ON_DEVICE,
+    ):
+        self.fail_at, self.failure, self.memory = fail_at, failure, memory
         self.calls: list[dict[str, Any]] = []
 
     def resolve(self, prompt: str, *, seed: int, policy: str, guidance_scale: Any, **_: Any) -> FakeResolved:

@@ -10,7 +10,11 @@ import sys
 import pytest
 from PIL import Image
 
+from toprovar_jax.cli.generate import main
 from toprovar_jax.images import read_recipe
+from toprovar_jax.memory_options import MemoryOptions
+
+from .conftest import FakePipeline
 
 
 def test_one_prompt_makes_one_png_and_prints_its_path(command):
@@ -239,3 +243,44 @@ def test_disk_full_while_running_keeps_finished_pictures_and_nothing_half_writte
 def test_output_directory_is_created_with_its_parents(command):
     ran = command("--prompt", "a", "--out", "new/folder")
     assert ran.files == ["new/folder/0000-a-s0.png"]
+
+
+PLACES = {
+    "nothing": ([], MemoryOptions()),
+    "low memory": (["--low-memory"], MemoryOptions("on_demand", stream_blocks=True, decoder_strips=8)),
+    "integers": (["--int8"], MemoryOptions(quantization="int8")),
+    "places": (["--text-encoder-on", "on-demand"], MemoryOptions("on_demand")),
+    "the particular goes first": (
+        ["--low-memory", "--int8", "--text-encoder-on", "host", "--decoder-strips", "3"],
+        MemoryOptions("host", stream_blocks=True, quantization="int8", decoder_strips=3),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_options_of_memory_reach_the_model_that_is_loaded(case, command, monkeypatch, tmp_path):
+    argv, expected = PLACES[case]
+    asked = {}
+    pipeline = FakePipeline()
+
+    def from_pretrained(model, *, memory):
+        asked[model] = memory
+        return pipeline
+
+    monkeypatch.setattr("toprovar_jax.pipeline.InfinityPipeline.from_pretrained", from_pretrained)
+    monkeypatch.chdir(tmp_path)
+    assert main(["--prompt", "a", "--backend", "cpu", *argv]) == 0
+    assert asked == {None: expected}
+
+
+def test_streaming_on_a_cpu_is_said_to_be_in_vain(command):
+    ran = command("--prompt", "a", "--low-memory")
+    assert ran.status == 0
+    assert "warning: --low-memory: the memory of a CPU is the host's" in ran.stderr
+    assert "low-memory" not in command("--prompt", "a", "--decoder-strips", "2").stderr
+
+
+def test_the_recipe_says_that_integers_made_the_picture_and_only_then(command):
+    for memory, expected in ((MemoryOptions(quantization="int8"), "int8"), (MemoryOptions(decoder_strips=4), None)):
+        ran = command("--prompt", "a", memory=memory)
+        assert read_recipe(ran.folder / ran.stdout.strip()).get("quantization") == expected

@@ -16,10 +16,18 @@ from typing import Any
 
 from toprovar_jax.cli.backend import start_backend
 from toprovar_jax.cli.interrupts import Interrupts
-from toprovar_jax.cli.options import GenerateOptions, batch_size_of, folder_of, requests_of, settings_of
+from toprovar_jax.cli.options import (
+    GenerateOptions,
+    batch_size_of,
+    folder_of,
+    memory_options_of,
+    requests_of,
+    settings_of,
+)
 from toprovar_jax.cli.report import Report
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.files import check_output_dir, ensure_output_dir
+from toprovar_jax.memory_options import ON_DEVICE, MemoryOptions
 from toprovar_jax.prompts import with_positive_prompt
 from toprovar_jax.settings import MAX_SEED
 from toprovar_jax.timings import Timings
@@ -89,13 +97,14 @@ def run(options: GenerateOptions, load: Load | None, saved: list[pathlib.Path], 
       OSError: a file could not be written.
     """
     start = time.perf_counter()
-    batch_size, folder = batch_size_of(options), folder_of(options)
+    batch_size, folder, memory = batch_size_of(options), folder_of(options), memory_options_of(options)
     jobs = list(_jobs(options))
     check_output_dir(folder)
     report = Report(as_json=options.json, quiet=options.quiet)
     with interrupts.nothing_to_lose():
         start_backend(options.backend)
-        pipeline = (load or _from_pretrained)(options.model)
+        pipeline = load(options.model) if load else _from_pretrained(options.model, memory)
+        report.warn(_in_vain(memory))
         pictures = _resolve(options, pipeline, jobs, report)
     if options.dry_run:
         _show(pictures, report)
@@ -116,10 +125,18 @@ def run(options: GenerateOptions, load: Load | None, saved: list[pathlib.Path], 
     report.summary(len(pictures), folder, made.timings)
 
 
-def _from_pretrained(model: str | None) -> Any:
+def _from_pretrained(model: str | None, memory: MemoryOptions) -> Any:
     from toprovar_jax.pipeline import InfinityPipeline
 
-    return InfinityPipeline.from_pretrained(model)
+    return InfinityPipeline.from_pretrained(model, memory=memory)
+
+
+def _in_vain(memory: MemoryOptions) -> tuple[str, ...]:
+    import jax
+
+    if memory.stream_blocks and jax.default_backend() == "cpu":
+        return ("--low-memory: the memory of a CPU is the host's, so streaming blocks saves nothing here",)
+    return ()
 
 
 def _jobs(options: GenerateOptions) -> Iterator[Job]:
@@ -261,6 +278,10 @@ def _recipe(pipeline: Any, picture: Picture) -> dict[str, Any]:
     for name, value in recipe.items():
         if value is None:
             recipe[name] = getattr(pipeline, f"default_{name}", None)
+    # Of the ways to save memory this one changes what is computed.
+    quantization = getattr(pipeline, "memory", ON_DEVICE).quantization
+    if quantization is not None:
+        recipe["quantization"] = quantization
     return {**recipe, "toprovar_jax_version": _version("toprovar-jax"), "jax_version": _version("jax")}
 
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from toprovar_jax.config import Precision
+from toprovar_jax.model.quantization import Int8Matrix, int8_matmul, on_device
 from toprovar_jax.shapes import Array, Float
 
 
 class Linear(nnx.Module):
-    """``x @ kernel + bias`` with kernel ``[in, out]``.
+    """``x @ kernel + bias`` with kernel ``[in, out]``, of floats or an :class:`Int8Matrix`, on the device or the host.
 
     Inputs are cast to the precision's compute dtype, which is also the output's; accumulation is float32.
     Initialised with normal weights of standard deviation ``sqrt(1 / (3 * width))`` times ``gain`` (MODEL_SPEC 9.6),
@@ -38,7 +39,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
         """Apply the map to the last axis."""
-        y = matmul(x, self.kernel[...], self.precision)
+        y = matmul(x, self.kernel.get_value(), self.precision)
         return y if self.bias is None else y + along_last(self.bias[...].astype(y.dtype), y)
 
 
@@ -71,11 +72,13 @@ class RMSNorm(nnx.Module):
         return x * along_last(self.scale[...].astype(jnp.float32), x)
 
 
-def matmul(x: Float[Array, "*rows in"], kernel: Float[Array, "in out"], precision: Precision) -> Array:
-    """``x @ kernel`` in the compute dtype of ``precision``."""
+def matmul(x: Float[Array, "*rows in"], kernel: Float[Array, "in out"] | Int8Matrix, precision: Precision) -> Array:
+    """``x @ kernel`` in the compute dtype of ``precision``; a kernel in host memory is fetched for it."""
     dtype = compute_dtype(precision)
     highest = jax.lax.Precision.HIGHEST if precision == "exact" else None
-    return jnp.matmul(x.astype(dtype), kernel.astype(dtype), precision=highest)
+    if isinstance(kernel, Int8Matrix):
+        return int8_matmul(x.astype(dtype), kernel, precision=highest)
+    return jnp.matmul(x.astype(dtype), on_device(kernel).astype(dtype), precision=highest)
 
 
 def compute_dtype(precision: Precision):
