@@ -107,15 +107,7 @@ def _shard_names(match: re.Match[str]) -> list[str]:
 
 def _weights_of(folder: Path) -> tuple[Path, ...]:
     """What leads to the weights of a folder: an index, a file or a set of shards; safetensors if both are there."""
-    try:
-        present = sorted(path for path in folder.iterdir() if path.is_file())
-    except OSError as error:
-        raise UserInputError(
-            f"folder {folder}", f"cannot be read ({error.strerror})", "check its permissions"
-        ) from None
-    for suffixes in ((".safetensors",), SUFFIXES[1:]):
-        indices = [path for path in present if path.name.endswith(tuple(f"{s}.index.json" for s in suffixes))]
-        files = [path for path in present if path.suffix in suffixes and not (indices and _SHARD.search(path.name))]
+    for indices, files in _present(folder):
         found = indices or files
         groups = group_sources(found)
         if len(groups) == 1:
@@ -124,6 +116,33 @@ def _weights_of(folder: Path) -> tuple[Path, ...]:
             names = ", ".join(path.name for path in found[:20])
             raise UserInputError(f"folder {folder}", f"holds several files of weights ({names})", "name one of them")
     raise UserInputError(f"folder {folder}", f"holds no file that ends with {', '.join(SUFFIXES)}", "name another one")
+
+
+def sources_in(folder: Path) -> list[tuple[Path, ...]]:
+    """Everything in a folder, but not below it, that :func:`open_source` takes: indices, files and sets of shards.
+
+    Those of safetensors come first; shards beside an index of their kind are the index's.
+
+    Raises:
+      UserInputError: the folder cannot be read.
+    """
+    return [group for indices, files in _present(folder) for group in group_sources([*indices, *files])]
+
+
+def _present(folder: Path) -> list[tuple[list[Path], list[Path]]]:
+    """A folder's indices and its other files of weights, first of safetensors, then of what torch writes."""
+    try:
+        present = sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise UserInputError(
+            f"folder {folder}", f"cannot be read ({error.strerror})", "check its permissions"
+        ) from None
+    found = []
+    for suffixes in ((".safetensors",), SUFFIXES[1:]):
+        indices = [path for path in present if path.name.endswith(tuple(f"{s}.index.json" for s in suffixes))]
+        files = [path for path in present if path.suffix in suffixes and not (indices and _SHARD.search(path.name))]
+        found.append((indices, files))
+    return found
 
 
 def _open_index(path: Path, ema: bool) -> Source:

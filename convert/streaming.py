@@ -15,7 +15,7 @@ from convert.orbax_writer import Index, StreamedArray, chunk_shape, open_array
 from convert.recognise import Recognised
 from convert.rules import Rule, spoilt_checkpoint
 
-Dtype = Literal["bfloat16", "float32"]
+Dtype = Literal["bfloat16", "float32", "exact"]
 
 
 class DifferenceError(RuntimeError):
@@ -26,12 +26,14 @@ def stored_dtype(recognised: Recognised, target: str, dtype: Dtype) -> np.dtype:
     """The dtype in which one parameter is kept.
 
     ``float32`` is for everything. ``bfloat16`` is for what fast precision would round anyway, see
-    :func:`convert.dtypes.fast_dtype`; the rest is float32, unless the file itself has no more than bfloat16.
+    :func:`convert.dtypes.fast_dtype`; the rest is float32, unless the file itself has no more than bfloat16. ``exact``
+    is float32 except for the latter: no bit is lost, and none is added.
     """
     if dtype == "float32":
         return FLOAT32
-    narrow = all(recognised.reading[rule.official]().dtype == BFLOAT16 for rule in recognised.rules[target])
-    return BFLOAT16 if narrow else fast_dtype(recognised.kind.name, target)
+    if all(recognised.reading[rule.official]().dtype == BFLOAT16 for rule in recognised.rules[target]):
+        return BFLOAT16
+    return FLOAT32 if dtype == "exact" else fast_dtype(recognised.kind.name, target)
 
 
 def streamed_arrays(

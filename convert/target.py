@@ -19,6 +19,10 @@ RECORD = "conversion"
 """The entry of ``model.json`` that says what was converted from what."""
 
 
+class TargetBusyError(UserInputError):
+    """Another process is converting into the same folder."""
+
+
 @contextlib.contextmanager
 def building(out: Path, parts: Collection[str], *, force: bool) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A place to build a model folder, which takes its name when the context ends, and vanishes if that fails.
@@ -36,8 +40,8 @@ def building(out: Path, parts: Collection[str], *, force: bool) -> Iterator[tupl
       The place, without ``parts``; and the record of earlier conversions, empty for a new folder.
 
     Raises:
-      UserInputError: ``out`` is something else than a folder of conversions or has a part already, another process is
-        converting into it, or it cannot be written.
+      UserInputError: ``out`` is something else than a folder of conversions or has a part already, or it cannot be
+        written; a :class:`TargetBusyError` where another process is converting into it.
     """
     out = out.resolve()
     ensure_output_dir(out.parent)
@@ -96,7 +100,7 @@ def _alone(out: Path) -> Iterator[None]:
         except BlockingIOError:
             os.close(descriptor)
             rule = "is being converted into by another process"
-            raise UserInputError(f"--out {out}", rule, "wait for it or choose another folder") from None
+            raise TargetBusyError(f"--out {out}", rule, "wait for it or choose another folder") from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 break
@@ -121,3 +125,12 @@ def _link_all(source: Path, target: Path, *, without: Collection[str]) -> None:
         return without if Path(folder) == source else ()
 
     shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True, ignore=left_out)
+
+
+def leftover_bytes(out: Path) -> int:
+    """Bytes that a conversion into ``out`` which died has left, and that the next one will free."""
+    total = 0
+    for path in _sibling(out.resolve(), "unfinished").rglob("*"):
+        with contextlib.suppress(OSError):  # it may be at work after all
+            total += path.stat().st_size if path.is_file() else 0
+    return total

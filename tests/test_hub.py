@@ -74,19 +74,25 @@ def refusal(given) -> str:
     return str(refused.value)
 
 
-def test_a_folder_without_a_card_says_what_to_write(tmp_path):
+def test_an_empty_folder_says_what_belongs_into_one(tmp_path):
     message = refusal(tmp_path)
     assert str(tmp_path) in message
-    assert '{"preset": "infinity-2b"}' in message
+    assert "model.json or original files, such as infinity_2b_reg.pth" in message
 
 
-@pytest.mark.parametrize("there", [None, "transformer.safetensors"])
-def test_a_named_model_without_weights_says_where_they_belong(shelf, there):
+@pytest.mark.parametrize("there", [None, "README.md"])
+def test_a_named_model_without_weights_says_where_they_belong_and_where_they_are(shelf, there):
     if there:
         put(shelf / "infinity-8b", there)
     message = refusal("infinity-8b")
     assert str(shelf / "infinity-8b") in message
+    assert "FoundationVision/Infinity with variant infinity-8b" in message
     assert EMBEDDED in message
+
+
+def test_a_named_model_with_a_damaged_file_says_which(shelf):
+    path = put(shelf / "infinity-8b", "transformer.safetensors") / "transformer.safetensors"
+    assert str(path) in refusal("infinity-8b")
 
 
 @pytest.mark.parametrize(

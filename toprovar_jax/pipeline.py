@@ -70,29 +70,44 @@ class InfinityPipeline:
         cls,
         name_or_dir: str | os.PathLike[str] | None = None,
         *,
+        variant: str | None = None,
+        vae: str | os.PathLike[str] | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
         precision: Precision | None = None,
         attention: str | Sequence[str] = (),
         memory: MemoryOptions = ON_DEVICE,
+        progress: bool = True,
     ) -> InfinityPipeline:
         """Load a model.
 
         Args:
-          name_or_dir: a model folder or a name of ``toprovar_jax.list_models()``; None for the embedded model.
+          name_or_dir: a model folder, a folder of the original files, which are converted once, a name of
+            ``toprovar_jax.list_models()``, or a repository on the Hugging Face hub such as
+            ``"FoundationVision/Infinity"``; None for the embedded model.
+          variant, vae, text_encoder: which of the original files, see :func:`toprovar_jax.hub.find_model`.
           precision: ``"exact"`` (float32) or ``"fast"`` (bfloat16 products); default exact on CPU, fast elsewhere.
           attention: an implementation of :func:`pallas_kernels.attention`, or several, of which the first that can run
             is taken; by default the fastest that is proven on the device.
           memory: how to fit a small device.
+          progress: tell on stderr what is fetched and converted; nothing is said about what is on this machine already.
 
         Raises:
-          UserInputError: an unknown model, attention that does not exist or cannot run here, or files that are missing,
-            cut short or do not fit.
+          UserInputError: an unknown model, original files that make up none, attention that does not exist or cannot
+            run here, or files that are missing, cut short or do not fit.
         """
         start = time.perf_counter()
         if precision not in (None, "exact", "fast"):
             raise UserInputError(
                 f"precision {precision!r}", "must be exact or fast", "leave it out to choose by device"
             )
-        folder = find_model(name_or_dir)
+        folder = find_model(
+            name_or_dir,
+            variant=variant,
+            vae=vae,
+            text_encoder=text_encoder,
+            precision=precision,
+            progress=progress,
+        )
         if precision is None:
             precision = "exact" if jax.default_backend() == "cpu" else "fast"
         implementations = (attention,) if isinstance(attention, str) else tuple(attention)

@@ -263,7 +263,8 @@ def test_options_of_memory_reach_the_model_that_is_loaded(case, command, monkeyp
     asked = {}
     pipeline = FakePipeline()
 
-    def from_pretrained(model, *, memory):
+    def from_pretrained(model, *, memory, **files):
+        assert files == {"variant": None, "vae": None, "text_encoder": None, "progress": True}
         asked[model] = memory
         return pipeline
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from toprovar_jax.cli.backend import check_backend
 from toprovar_jax.cli.command_line import option, read_command_line
+from toprovar_jax.cli.model_options import Model, TextEncoder, Vae, Variant
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.prompts import read_prompts
 from toprovar_jax.settings import MAX_SEED, parse_setting
@@ -25,9 +26,10 @@ class CalibrateOptions:
         str | None,
         option("FILE", "What to draw while measuring: .txt, one prompt a line; or .jsonl with nothing but prompts."),
     ] = None
-    model: Annotated[
-        str | None, option("NAME_OR_DIR", "A model by name or folder; default: the small embedded one.")
-    ] = None
+    model: Model = None
+    variant: Variant = None
+    vae: Vae = None
+    text_encoder: TextEncoder = None
     backend: Annotated[str | None, option("cpu|gpu|tpu", "Where to run; default: the best device found.")] = None
     images: Annotated[
         str, option("N", "Measure on the first N prompts, or on all if there are fewer (default: 50).")

@@ -15,6 +15,7 @@ from toprovar_jax.acceleration.calibration import Calibration
 from toprovar_jax.cli.backend import start_backend
 from toprovar_jax.cli.calibrate_options import CalibrateOptions, request_of
 from toprovar_jax.cli.interrupts import Interrupts
+from toprovar_jax.cli.model_options import files_of, loader
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.files import check_output_dir, replace_file, write_new
 
@@ -44,9 +45,9 @@ def run(options: CalibrateOptions, load: Callable[[str | None], Any] | None, int
         from toprovar_jax.hub import find_model
         from toprovar_jax.measurement import Setup, Target, calibrate
 
-        path = request.out or find_model(options.model) / FILE_NAME
+        path = request.out or find_model(options.model, **files_of(options)) / FILE_NAME
         _check_out(path, options.force)
-        pipeline = (load or _from_pretrained)(options.model)
+        pipeline = (load or loader(options))(options.model)
         with _progress(options.quiet) as on_picture:
             setup = Setup(pipeline, request.prompts, request.seeds, on_picture)
             calibration = calibrate(setup, Target(request.target_speedup, request.target_drop))
@@ -71,12 +72,6 @@ def _check_out(path: pathlib.Path, force: bool) -> None:
             f"file {path}", "is there already", "choose another with --out, or replace it with --force"
         )
     check_output_dir(path.parent)
-
-
-def _from_pretrained(model: str | None) -> Any:
-    from toprovar_jax.pipeline import InfinityPipeline
-
-    return InfinityPipeline.from_pretrained(model)
 
 
 @contextlib.contextmanager

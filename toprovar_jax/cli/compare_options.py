@@ -12,6 +12,7 @@ from tyro.conf import UseAppendAction
 from toprovar_jax.acceleration import POLICIES
 from toprovar_jax.cli.backend import check_backend
 from toprovar_jax.cli.command_line import flag_of, option, read_command_line
+from toprovar_jax.cli.model_options import Model, TextEncoder, Vae, Variant
 from toprovar_jax.errors import UserInputError, unknown_name
 from toprovar_jax.prompts import PromptRequest, read_prompts
 from toprovar_jax.settings import MAX_SEED, check_setting, parse_setting
@@ -39,9 +40,10 @@ class CompareOptions:
     out: Annotated[str, option("DIR", "Where compare.png and compare.json go (default: outputs/compare).")] = (
         "outputs/compare"
     )
-    model: Annotated[
-        str | None, option("NAME_OR_DIR", "A model by name or folder; default: the small embedded one.")
-    ] = None
+    model: Model = None
+    variant: Variant = None
+    vae: Vae = None
+    text_encoder: TextEncoder = None
     seed: Annotated[str, option("N", "Seed of a prompt's first picture, counting up from there (default: 0).")] = "0"
     num_images: Annotated[str, option("K", "Pictures per prompt (default: 1).")] = "1"
     guidance: Annotated[

@@ -14,6 +14,7 @@ from typing import Any
 from toprovar_jax.cli.backend import start_backend
 from toprovar_jax.cli.compare_options import CompareOptions, request_of
 from toprovar_jax.cli.interrupts import Interrupts
+from toprovar_jax.cli.model_options import loader
 from toprovar_jax.cli.result_files import Bar, ResultFiles
 from toprovar_jax.files import check_output_dir, ensure_output_dir
 
@@ -46,7 +47,7 @@ def run(
         start_backend(options.backend)
         from toprovar_jax.comparison import Comparison, Setup
 
-        pipeline = (load or _from_pretrained)(options.model, precision=request.precision)
+        pipeline = (load or loader(options))(options.model, precision=request.precision)
         setup = Setup(pipeline, request.prompts, request.seeds, request.settings, request.repeats, bar)
         comparison = Comparison(setup, request.policies)
     if not options.quiet:
@@ -75,9 +76,3 @@ def _work(comparison: Any, files: ResultFiles, saved: dict[str, pathlib.Path], i
         numbers = json.dumps(comparison.as_dict(), indent=1, allow_nan=False) + "\n"
         saved[result.name] = files.write(NUMBERS, numbers.encode("utf-8"))
         interrupts.check()
-
-
-def _from_pretrained(model: str | None, *, precision: Any) -> Any:
-    from toprovar_jax.pipeline import InfinityPipeline
-
-    return InfinityPipeline.from_pretrained(model, precision=precision)

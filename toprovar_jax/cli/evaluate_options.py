@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from toprovar_jax.cli.backend import check_backend
 from toprovar_jax.cli.command_line import flag_of, option, read_command_line
+from toprovar_jax.cli.model_options import Model, TextEncoder, Vae, Variant
 from toprovar_jax.errors import UserInputError, unknown_name
 from toprovar_jax.settings import parse_setting
 
@@ -19,9 +20,10 @@ PRECISIONS = ("exact", "fast")
 class EvaluateOptions:
     """The command line as typed: values stay text, so that a wrong one gets a one-line message when it is read."""
 
-    model: Annotated[
-        str | None, option("NAME_OR_DIR", "A model by name or folder; default: the small embedded one.")
-    ] = None
+    model: Model = None
+    variant: Variant = None
+    vae: Vae = None
+    text_encoder: TextEncoder = None
     policy: Annotated[str, option("NAME", "Which computations to spare; dense spares none (default: dense).")] = "dense"
     against: Annotated[
         str, option("NAME", "The policy to compare it with, on the same prompts and seeds (default: dense).")

@@ -17,6 +17,7 @@ from typing import Any
 from toprovar_jax.cli.backend import start_backend
 from toprovar_jax.cli.evaluate_options import EvaluateOptions, EvaluateRequest, request_of
 from toprovar_jax.cli.interrupts import Interrupts
+from toprovar_jax.cli.model_options import files_of, loader
 from toprovar_jax.cli.result_files import Bar, ResultFiles
 from toprovar_jax.files import check_output_dir, ensure_output_dir
 from toprovar_jax.hub import find_model
@@ -49,10 +50,11 @@ def run(
     request = request_of(options)
     check_output_dir(request.out)
     files = ResultFiles(request.out, (NUMBERS, SHEET), replace=options.force)
-    folder = find_model(options.model)
     bar = Bar(shown=not options.quiet and sys.stderr.isatty())
     with interrupts.nothing_to_lose():
         start_backend(options.backend)
+        wanted: dict[str, Any] = files_of(options) | {"precision": request.precision}
+        folder = find_model(options.model, **wanted)
         evaluation = _evaluation(options, request, folder, load, judge, bar)
     if not options.quiet:
         for warning in evaluation.warnings:
@@ -82,7 +84,7 @@ def _evaluation(
     from toprovar_jax.scenes.tasks import read_task_prompts
 
     given = None if request.prompts is None else tuple(read_task_prompts(request.prompts))
-    pipeline = (load or _from_pretrained)(options.model, precision=request.precision)
+    pipeline = (load or loader(options))(options.model, precision=request.precision)
     prompts = given or prompts_of(pipeline.card, request.per_task, request.tasks, request.seed)
     setup = Setup(
         pipeline,
@@ -125,9 +127,3 @@ def _fingerprint(folder: pathlib.Path) -> str:
         if path.is_file()
     ]
     return hashlib.sha256(repr(told).encode("utf-8")).hexdigest()[:32]
-
-
-def _from_pretrained(model: str | None, *, precision: Any) -> Any:
-    from toprovar_jax.pipeline import InfinityPipeline
-
-    return InfinityPipeline.from_pretrained(model, precision=precision)

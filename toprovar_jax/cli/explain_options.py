@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from toprovar_jax.cli.backend import check_backend
 from toprovar_jax.cli.command_line import option, read_command_line
+from toprovar_jax.cli.model_options import Model, TextEncoder, Vae, Variant
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.settings import parse_setting
 
@@ -21,9 +22,10 @@ class ExplainOptions:
     out: Annotated[str, option("DIR", "Where the pages go; existing files are kept (default: outputs/explain).")] = (
         "outputs/explain"
     )
-    model: Annotated[
-        str | None, option("NAME_OR_DIR", "A model by name or folder; default: the small embedded one.")
-    ] = None
+    model: Model = None
+    variant: Variant = None
+    vae: Vae = None
+    text_encoder: TextEncoder = None
     policy: Annotated[str, option("NAME", "What decides which computations to spare (default: toprovar).")] = "toprovar"
     seed: Annotated[str, option("N", "Seed of the picture (default: 0).")] = "0"
     backend: Annotated[str | None, option("cpu|gpu|tpu", "Where to run; default: the best device found.")] = None

@@ -15,6 +15,7 @@ from typing import Any
 from toprovar_jax.cli.backend import start_backend
 from toprovar_jax.cli.explain_options import ExplainOptions, request_of
 from toprovar_jax.cli.interrupts import Interrupts
+from toprovar_jax.cli.model_options import loader
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.files import check_output_dir, ensure_output_dir, write_new
 
@@ -45,7 +46,7 @@ def run(
         from toprovar_jax.explanation import explain
         from toprovar_jax.figures import pages
 
-        pipeline = (load or _from_pretrained)(options.model)
+        pipeline = (load or loader(options))(options.model)
         with _progress() as on_picture:
             made = explain(
                 pipeline,
@@ -75,12 +76,6 @@ def _check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserInputError("matplotlib", "is needed to draw and is missing", "install toprovar-jax[demo]") from None
-
-
-def _from_pretrained(model: str | None) -> Any:
-    from toprovar_jax.pipeline import InfinityPipeline
-
-    return InfinityPipeline.from_pretrained(model)
 
 
 @contextlib.contextmanager

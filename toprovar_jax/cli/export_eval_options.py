@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from toprovar_jax.cli.backend import check_backend
 from toprovar_jax.cli.command_line import flag_of, option, read_command_line
+from toprovar_jax.cli.memory_flags import DecoderStrips, Int8, LowMemory, TextEncoderOn
+from toprovar_jax.cli.model_options import Model, TextEncoder, Vae, Variant
 from toprovar_jax.errors import UserInputError, unknown_name
 from toprovar_jax.evaluation_suites import SUITES, Suite
 from toprovar_jax.settings import parse_setting
@@ -35,9 +37,14 @@ class ExportEvalOptions:
             '{"prompt": ..., "rewritten": ...}; .txt, one a line in the suite\'s order. Scorers still see the prompts.',
         ),
     ] = None
-    model: Annotated[
-        str | None, option("NAME_OR_DIR", "A model by name or folder; default: the small embedded one.")
-    ] = None
+    model: Model = None
+    variant: Variant = None
+    vae: Vae = None
+    text_encoder: TextEncoder = None
+    low_memory: LowMemory = False
+    int8: Int8 = False
+    text_encoder_on: TextEncoderOn = None
+    decoder_strips: DecoderStrips = None
     policy: Annotated[str, option("NAME", "Which computations to spare; dense spares none (default: dense).")] = "dense"
     out: Annotated[
         str | None,

@@ -17,6 +17,8 @@ from typing import Any
 from toprovar_jax.cli.backend import start_backend
 from toprovar_jax.cli.export_eval_options import ExportEvalOptions, ExportEvalRequest, request_of
 from toprovar_jax.cli.interrupts import Interrupts
+from toprovar_jax.cli.memory_flags import memory_options_of
+from toprovar_jax.cli.model_options import files_of, loader
 from toprovar_jax.cli.result_files import Bar
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.evaluation_suites.manifest import (
@@ -83,7 +85,7 @@ def run(
       UserInputError: something that was asked for cannot be done; raised before any picture is begun.
       OSError: a file could not be written.
     """
-    request = request_of(options)
+    request, memory = request_of(options), memory_options_of(options)
     everything = request.suite.read(request.prompts)
     texts = [prompt.text for prompt in everything]
     if request.rewritten is not None:
@@ -94,8 +96,9 @@ def run(
     voice = _Voice(shown=not options.quiet)
     with interrupts.nothing_to_lose():
         start_backend(options.backend)
-        pipeline = (load or _from_pretrained)(options.model)
-        task = _task(request, prompts, texts, pipeline, _weights(options.model))
+        weights = _weights(options)
+        pipeline = load(options.model) if load else loader(options)(options.model, memory=memory)
+        task = _task(request, prompts, texts, pipeline, weights, memory.quantization)
     check_same(request.out, found, task.made, len(prompts))
     if options.dry_run:
         _show(task, options)
@@ -108,7 +111,12 @@ def run(
 
 
 def _task(
-    request: ExportEvalRequest, prompts: list[SuitePrompt], texts: Sequence[str], pipeline: Any, weights: pathlib.Path
+    request: ExportEvalRequest,
+    prompts: list[SuitePrompt],
+    texts: Sequence[str],
+    pipeline: Any,
+    weights: pathlib.Path,
+    quantization: str | None,
 ) -> Task:
     import jax
 
@@ -126,6 +134,7 @@ def _task(
         "suite": request.suite.name,
         "model": pipeline.model_name,
         "weights": fingerprint(weights),
+        **({"quantization": quantization} if quantization else {}),
         **settings,
         "height": height,
         "width": width,
@@ -223,16 +232,10 @@ def _show(task: Task, options: ExportEvalOptions) -> None:
     )
 
 
-def _weights(model: str | None) -> pathlib.Path:
+def _weights(options: ExportEvalOptions) -> pathlib.Path:
     from toprovar_jax.hub import find_model
 
-    return find_model(model)
-
-
-def _from_pretrained(model: str | None) -> Any:
-    from toprovar_jax.pipeline import InfinityPipeline
-
-    return InfinityPipeline.from_pretrained(model)
+    return find_model(options.model, **files_of(options))
 
 
 class _Voice:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from toprovar_jax.cli.backend import check_backend
 from toprovar_jax.cli.command_line import option, read_command_line
+from toprovar_jax.cli.model_options import Model, TextEncoder, Vae, Variant
 from toprovar_jax.errors import UserInputError, unknown_name
 from toprovar_jax.schedule import parse_aspect_ratio
 from toprovar_jax.settings import parse_setting
@@ -32,9 +33,10 @@ class FinetuneOptions:
     out: Annotated[
         str | None, option("DIR", "Where the finetuned model goes; the run's checkpoints go to DIR/run.")
     ] = None
-    model: Annotated[
-        str | None, option("NAME_OR_DIR", "A model by name or folder; default: the small embedded one.")
-    ] = None
+    model: Model = None
+    variant: Variant = None
+    vae: Vae = None
+    text_encoder: TextEncoder = None
     backend: Annotated[str | None, option("cpu|gpu|tpu", "Where to run; default: the best device found.")] = None
     devices: Annotated[str, option("N", "Devices that share every batch (default: 1).")] = "1"
     precision: Annotated[

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import json
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any
 from toprovar_jax.cli.backend import start_backend
 from toprovar_jax.cli.finetune_options import FinetuneOptions, FinetuneRequest, request_of
 from toprovar_jax.cli.interrupts import Interrupts
+from toprovar_jax.cli.model_options import files_of
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.files import check_output_dir, ensure_output_dir
 
@@ -39,6 +41,7 @@ def run(options: FinetuneOptions, interrupts: Interrupts) -> None:
     with interrupts.nothing_to_lose():
         if request.out is not None:
             _check_out(request.out)
+        start_backend(options.backend)
         card, folder = _card(options)
         card.schedule("1:1", options.pixels)
         samples: list[Any] = []
@@ -47,7 +50,6 @@ def run(options: FinetuneOptions, interrupts: Interrupts) -> None:
             from toprovar_jax.training.image_text import find_samples
 
             samples, problems = find_samples(request.data, aspect_ratio=request.aspect)
-        start_backend(options.backend)
         import jax
 
         precision = options.precision or ("exact" if jax.default_backend() == "cpu" else "fast")
@@ -93,7 +95,8 @@ def _card(options: FinetuneOptions) -> tuple[Any, pathlib.Path | None]:
 
     if options.dry_run and options.model is not None and options.model in PRESETS:
         return PRESETS[options.model], None
-    folder = find_model(options.model)
+    wanted: dict[str, Any] = files_of(options) | {"precision": options.precision}
+    folder = find_model(options.model, **wanted)
     return ModelCard.read(folder / CARD, PRESETS), folder
 
 
@@ -178,7 +181,7 @@ class _Job:
         loaded = load_model(self.folder, precision=self.precision, attention=attention, with_encoder=True)
         networks, tokenizer = self.placement.put_everywhere(loaded.networks), loaded.tokenizer
         del loaded
-        checksum = _sha256(self.folder / TRANSFORMER)
+        checksum = _sha256(self.folder, TRANSFORMER)
         start = self.placement.put_state(finetuner.init(networks.transformer))
         if request.rank is None:
             # What is trained is a copy, and a second one would take as much memory again.
@@ -201,7 +204,7 @@ class _Job:
         cache, model = None, ""
         if options.cache:
             cache = directory / "cache"
-            model = " ".join(_sha256(self.folder / name) for name in (IMAGE_TOKENIZER, TEXT_ENCODER))
+            model = " ".join(_sha256(self.folder, name) for name in (IMAGE_TOKENIZER, TEXT_ENCODER))
         frozen = FrozenEncoders(
             finetuner, networks, tokenizer, rows, cache=cache, model=model, placement=self.placement
         )
@@ -303,6 +306,11 @@ def _fingerprint(samples: list[Any]) -> str:
     return hashlib.sha256(repr([(sample.name, sample.caption) for sample in samples]).encode()).hexdigest()
 
 
-def _sha256(path: pathlib.Path) -> str:
+def _sha256(folder: pathlib.Path, name: str) -> str:
+    """Of a network's file; of a converted network, of the files that it was made from."""
+    path = folder / name
+    if path.with_suffix("").is_dir():
+        record = json.loads((folder / "model.json").read_text(encoding="utf-8"))["conversion"]["parts"][path.stem]
+        return hashlib.sha256(repr([file["sha256"] for file in record["files"]]).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,16 +11,11 @@ from tyro.conf import UseAppendAction
 
 from toprovar_jax.cli.backend import check_backend
 from toprovar_jax.cli.command_line import flag_of, option, read_command_line
-from toprovar_jax.errors import UserInputError, unknown_name
-from toprovar_jax.memory_options import MemoryOptions, TextEncoderPlace
+from toprovar_jax.cli.memory_flags import DecoderStrips, Int8, LowMemory, TextEncoderOn, positive
+from toprovar_jax.cli.model_options import Model, TextEncoder, Vae, Variant
+from toprovar_jax.errors import UserInputError
 from toprovar_jax.prompts import PromptRequest, read_prompts
 from toprovar_jax.settings import check_setting, parse_setting
-
-LOW_MEMORY_STRIPS = 8
-"""Into how many strips ``--low-memory`` cuts the decoder."""
-
-TEXT_ENCODER_PLACES: dict[str, TextEncoderPlace] = {"device": "device", "on-demand": "on_demand", "host": "host"}
-"""Places of the text encoder as they are typed, and what :class:`MemoryOptions` calls them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,31 +36,14 @@ class GenerateOptions:
         False
     )
     backend: Annotated[str | None, option("cpu|gpu|tpu", "Where to run; default: the best device found.")] = None
-    model: Annotated[
-        str | None, option("NAME_OR_DIR", "A model by name or folder; default: the small embedded one.")
-    ] = None
-    low_memory: Annotated[
-        bool,
-        option(
-            "",
-            "Fit a small device: blocks streamed from host memory at every scale, --text-encoder-on on-demand, "
-            f"--decoder-strips {LOW_MEMORY_STRIPS}. Slower; the same pictures.",
-        ),
-    ] = False
-    int8: Annotated[
-        bool, option("", "Keep the blocks' matrices as 8-bit integers: half the memory, pictures a little different.")
-    ] = False
-    text_encoder_on: Annotated[
-        str | None,
-        option(
-            "PLACE",
-            "Where the text encoder is: device; on-demand: in host memory, on the device while it encodes; host: "
-            "computed by the CPU (default: device).",
-        ),
-    ] = None
-    decoder_strips: Annotated[
-        str | None, option("N", "Decode in N horizontal strips, which takes less memory (default: 1).")
-    ] = None
+    model: Model = None
+    variant: Variant = None
+    vae: Vae = None
+    text_encoder: TextEncoder = None
+    low_memory: LowMemory = False
+    int8: Int8 = False
+    text_encoder_on: TextEncoderOn = None
+    decoder_strips: DecoderStrips = None
     policy: Annotated[str, option("NAME", "Which computations to spare; dense spares none (default: dense).")] = "dense"
     seed: Annotated[str, option("N", "Seed of a prompt's first picture, counting up from there (default: 0).")] = "0"
     num_images: Annotated[str, option("K", "Pictures per prompt (default: 1).")] = "1"
@@ -156,7 +134,7 @@ def batch_size_of(options: GenerateOptions) -> int:
     Raises:
       UserInputError: not a positive integer.
     """
-    return _positive("--batch-size", options.batch_size)
+    return positive("--batch-size", options.batch_size)
 
 
 def folder_of(options: GenerateOptions) -> pathlib.Path:
@@ -170,35 +148,3 @@ def folder_of(options: GenerateOptions) -> pathlib.Path:
             f"--out {options.out!r}", "must name a directory", "for example outputs, or . for this one"
         )
     return pathlib.Path(options.out)
-
-
-def memory_options_of(options: GenerateOptions) -> MemoryOptions:
-    """What is given up for less memory; what is said in particular goes before ``--low-memory``.
-
-    Raises:
-      UserInputError: a place or a number that does not exist.
-    """
-    typed, strips = options.text_encoder_on, options.decoder_strips
-    if typed is not None and typed not in TEXT_ENCODER_PLACES:
-        raise unknown_name("--text-encoder-on", typed, TEXT_ENCODER_PLACES)
-    chosen = MemoryOptions(
-        text_encoder="on_demand" if options.low_memory else "device",
-        stream_blocks=options.low_memory,
-        quantization="int8" if options.int8 else None,
-        decoder_strips=LOW_MEMORY_STRIPS if options.low_memory else 1,
-    )
-    if typed is not None:
-        chosen = dataclasses.replace(chosen, text_encoder=TEXT_ENCODER_PLACES[typed])
-    if strips is not None:
-        chosen = dataclasses.replace(chosen, decoder_strips=_positive("--decoder-strips", strips))
-    return chosen
-
-
-def _positive(flag: str, text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise UserInputError(f"{flag} {text!r}", "must be an integer >= 1", "for example 4")
-    return number

@@ -16,11 +16,12 @@ from typing import Any
 
 from toprovar_jax.cli.backend import start_backend
 from toprovar_jax.cli.interrupts import Interrupts
+from toprovar_jax.cli.memory_flags import memory_options_of
+from toprovar_jax.cli.model_options import loader
 from toprovar_jax.cli.options import (
     GenerateOptions,
     batch_size_of,
     folder_of,
-    memory_options_of,
     requests_of,
     settings_of,
 )
@@ -103,7 +104,7 @@ def run(options: GenerateOptions, load: Load | None, saved: list[pathlib.Path], 
     report = Report(as_json=options.json, quiet=options.quiet)
     with interrupts.nothing_to_lose():
         start_backend(options.backend)
-        pipeline = load(options.model) if load else _from_pretrained(options.model, memory)
+        pipeline = load(options.model) if load else loader(options)(options.model, memory=memory)
         report.warn(_in_vain(memory))
         pictures = _resolve(options, pipeline, jobs, report)
     if options.dry_run:
@@ -123,12 +124,6 @@ def run(options: GenerateOptions, load: Load | None, saved: list[pathlib.Path], 
         raise
     _conclude(made, report)
     report.summary(len(pictures), folder, made.timings)
-
-
-def _from_pretrained(model: str | None, memory: MemoryOptions) -> Any:
-    from toprovar_jax.pipeline import InfinityPipeline
-
-    return InfinityPipeline.from_pretrained(model, memory=memory)
 
 
 def _in_vain(memory: MemoryOptions) -> tuple[str, ...]:
