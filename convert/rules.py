@@ -92,7 +92,7 @@ def prepare_filling(
     source: str,
     canonical: Callable[[str], str | None] = lambda name: name,
     dtype: Callable[[str], Any] | None = None,
-    place: Callable[[np.ndarray], jax.Array] = jnp.asarray,
+    place: Callable[[np.ndarray], jax.Array | np.ndarray] = jnp.asarray,
     place_named: Callable[[str, np.ndarray], Any] | None = None,
 ) -> Callable[[], nnx.Module]:
     """Check that tensors under their official names fill a module built by ``nnx.eval_shape``; returns what fills it.
@@ -108,7 +108,7 @@ def prepare_filling(
       source: what to call the checkpoint in messages.
       canonical: maps a name as found to the table's spelling, or to None for a buffer that carries no information.
       dtype: dtype of the parameter at a dotted path; default that of ``abstract``.
-      place: puts a host array on its device.
+      place: puts a host array on its device, or leaves it where it is.
       place_named: instead of ``place``, told the parameter's dotted path as well; what it returns is the parameter.
 
     Raises:

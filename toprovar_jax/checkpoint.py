@@ -61,14 +61,15 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def restore_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array | np.ndarray]:
     """Arrays of one checkpoint, each straight into its sharding; those that are not asked for are not read.
 
     One array is read at a time, and of it each part that a device holds: little host memory is needed beside them.
 
     Args:
       folder: an orbax checkpoint of nested dictionaries, stored as zarr arrays in OCDBT.
-      wanted: shape, dtype and sharding by dotted path; what is stored is cast.
+      wanted: shape, dtype and sharding by dotted path, without a sharding for an array in host memory; what is
+        stored is cast.
 
     Raises:
       UserInputError: no checkpoint, a damaged one, or arrays that are missing or have another shape.
@@ -89,7 +90,7 @@ def restore_layers(folder: Path, name: str, wanted: jax.ShapeDtypeStruct) -> Ite
         yield _read(folder, name, stored, (layer,)).astype(wanted.dtype, copy=False)
 
 
-def _restored(folder: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _restored(folder: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array | np.ndarray:
     stored = _opened(folder, name, leaf)
     parts: dict[str, np.ndarray] = {}
 
@@ -99,6 +100,8 @@ def _restored(folder: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             parts[key] = _read(folder, name, stored, index or ()).astype(leaf.dtype, copy=False)
         return parts[key]
 
+    if leaf.sharding is None:
+        return part(None)
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
 
 

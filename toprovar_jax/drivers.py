@@ -17,17 +17,21 @@ from toprovar_jax.acceleration.statistics import ScaleStatistics
 from toprovar_jax.generation import (
     InfinityModel,
     State,
+    Text,
     condition_on,
     encode_text,
+    features_of,
     initial_state,
     run_scales,
     scale_step,
 )
 from toprovar_jax.memory_options import ON_DEVICE, MemoryOptions
+from toprovar_jax.model import Infinity
 from toprovar_jax.model.text_conditioning import TextCondition
 from toprovar_jax.regroup import partition, take_images
 from toprovar_jax.sampling import ScaleSampling
 from toprovar_jax.shapes import Array, Float, Key, UInt8
+from toprovar_jax.text_placement import borrowed, home, host_device
 
 OnScaleEnd = Callable[[int, int, dict[str, Any]], object]
 """``(index, num_scales, info)`` after every scale; ``info`` holds ``grid``, ``seconds`` and the summed ``latents``."""
@@ -70,6 +74,17 @@ class Drawn(NamedTuple):
     statistics: tuple[ScaleStatistics, ...]
     plan: GenerationPlan
     indices: tuple[int, ...]
+
+
+class _Sampled(NamedTuple):
+    """Images whose scales are done, without what only further scales would need."""
+
+    latents: Float[Array, "B h w C"]
+    plan: GenerationPlan
+    indices: tuple[int, ...]
+    bits: tuple[np.ndarray, ...]
+    certainty: tuple[np.ndarray, ...]
+    statistics: tuple[ScaleStatistics, ...]
 
 
 class _Party(NamedTuple):
@@ -123,28 +138,45 @@ class Drivers:
         the sizes that have to be compiled are few. (A mask inside one batch would have to be as wide as its densest
         image.) The results come in one entry per way that images went.
         """
+        # What the scales need is gone, with this call's variables, when the first picture is decoded.
+        sampled = self._sample(tokens, keys, sampling, plan, on_scale_end, replan)
+        return [self._finish(images) for images in sampled]
+
+    def _sample(
+        self,
+        tokens: TokenArrays,
+        keys: Key[Array, " B"],
+        sampling: ScaleSampling,
+        plan: GenerationPlan,
+        on_scale_end: OnScaleEnd | None,
+        replan: Replan | None,
+    ) -> list[_Sampled]:
         batch = keys.shape[0]
-        condition = self._condition(tokens, plan)
-        first = plan.step(0)
-        state = self._run("transformer", "state", initial_state, (self.model.transformer,), step=first, batch=batch)
-        waiting = [_Party(plan, tuple(range(batch)), condition, state, keys, (), (), ())]
-        finished = []
-        scale = 0
+        waiting, finished, scale = [self._start(tokens, keys, plan)], [], 0
         while waiting:
-            split = [part for party in waiting for part in self._part_ways(party, scale, batch, replan)]
-            finished += [party for party in split if party.plan.num_run <= scale]
-            waiting = [
-                self._next(party, scale, sampling, on_scale_end) for party in split if party.plan.num_run > scale
-            ]
+            # Each list gives up what the next one gets: a party that has parted, or is done, is not kept alive.
+            split = []
+            while waiting:
+                split += self._part_ways(waiting.pop(0), scale, batch, replan)
+            finished += [_sampled(party) for party in split if party.plan.num_run <= scale]
+            split = [party for party in split if party.plan.num_run > scale]
+            while split:
+                waiting.append(self._next(split.pop(0), scale, sampling, on_scale_end))
             scale += 1
-        return [self._finish(party) for party in finished]
+        return finished
 
     def fused(
         self, tokens: TokenArrays, keys: Key[Array, " B"], sampling: ScaleSampling, plan: GenerationPlan
     ) -> Drawn:
         """All scales in one executable; for plans without alternatives."""
-        arguments = (self.model.transformer, self._condition(tokens, plan), keys, sampling)
-        latents, bits, certainty, statistics = self._run("transformer", "scales", run_scales, arguments, plan=plan)
+        # No variable holds the condition: it is not to be there while pictures are decoded.
+        latents, bits, certainty, statistics = self._run(
+            "transformer",
+            "scales",
+            run_scales,
+            (self.model.transformer, self._condition(tokens, plan), keys, sampling),
+            plan=plan,
+        )
         everything = tuple(range(keys.shape[0]))
         return Drawn(self._decode(latents), bits, certainty, jax.device_get(statistics), plan, everything)
 
@@ -154,8 +186,7 @@ class Drivers:
         """Compile what :meth:`stepwise` needs for a batch like this one whatever its images pick; nothing is run."""
         batch = keys.shape[0]
         transformer = self.model.transformer
-        text = (self.model, *self._token_arguments(tokens, plan))
-        conditions = {batch: self._compiled(("text", plan.guided), self._condition_step(plan), text)[1]}
+        conditions = {batch: self._compile_condition(tokens, plan)}
         empty = self._compiled("state", initial_state, (transformer,), step=plan.step(0), batch=batch)[1]
         states = {(batch, 0): empty}
         for scale in range(plan.num_run):
@@ -170,7 +201,7 @@ class Drivers:
         latents = (*plan.schedule.latent_grids[-1], transformer.config.latent_channels)
         for size in conditions:
             shape = jax.ShapeDtypeStruct((size, *latents), np.float32)
-            self._compiled("decode", _decode, (self.model.image_tokenizer, shape))
+            self._compiled("decode", _decode, (self.model.image_tokenizer, shape), strips=self.memory.decoder_strips)
 
     def _compile_scale(self, plan, scale, states, conditions, keys, sampling) -> None:
         for size in [size for size, reached in states if reached == scale]:
@@ -259,20 +290,66 @@ class Drivers:
             statistics=(*party.statistics, measured),
         )
 
-    def _finish(self, party: _Party) -> Drawn:
-        images = self._decode(party.state.latents)
-        if images.shape[0] > len(party.indices):
-            images = np.asarray(images)[: len(party.indices)]
-        certainty = np.stack(party.certainty, axis=1)
-        return Drawn(images, party.bits, certainty, party.statistics, party.plan, party.indices)
+    def _finish(self, sampled: _Sampled) -> Drawn:
+        images = self._decode(sampled.latents)
+        if images.shape[0] > len(sampled.indices):
+            images = np.asarray(images)[: len(sampled.indices)]
+        certainty = np.stack(sampled.certainty, axis=1)
+        return Drawn(images, sampled.bits, certainty, sampled.statistics, sampled.plan, sampled.indices)
+
+    def _start(self, tokens: TokenArrays, keys: Key[Array, " B"], plan: GenerationPlan) -> _Party:
+        batch = keys.shape[0]
+        condition = self._condition(tokens, plan)
+        first = plan.step(0)
+        state = self._run("transformer", "state", initial_state, (self.model.transformer,), step=first, batch=batch)
+        return _Party(plan, tuple(range(batch)), condition, state, keys, (), (), ())
+
+    @property
+    def _encodes_apart(self) -> bool:
+        """Whether the text encoder is elsewhere than the other networks, and has a program of its own."""
+        if self.memory.text_encoder == "host":
+            return home(self.model.image_tokenizer).device_set != {host_device()}
+        return self.memory.text_encoder == "on_demand"
 
     def _condition(self, tokens: TokenArrays, plan: GenerationPlan) -> TextCondition:
-        arguments = (self.model, *self._token_arguments(tokens, plan))
-        return self._run("text", ("text", plan.guided), self._condition_step(plan), arguments)
+        arrays = self._token_arguments(tokens, plan)
+        if not self._encodes_apart:
+            return self._run("text", ("text", plan.guided), self._condition_step(plan), (self.model, *arrays))
+        arguments = (self.model.transformer, self._encode(arrays))
+        return self._run("text", ("condition", plan.guided), self._features_step(plan), arguments)
+
+    def _encode(self, arrays: tuple) -> Text:
+        encoder = self.model.text_encoder
+        if self.memory.text_encoder == "host" or encoder is None:
+            # As arrays of the host, features go wherever the transformer is.
+            return jax.device_get(self._run("text", "encode", features_of, (encoder, *arrays)))
+        start = time.perf_counter()
+        # Blocks of the transformer may rest elsewhere than they compute; the image tokenizer does not.
+        with borrowed(encoder, home(self.model.image_tokenizer)) as there:
+            self.seconds["text"] += time.perf_counter() - start
+            return self._run("text", "encode", features_of, (there, *arrays))
+
+    def _compile_condition(self, tokens: TokenArrays, plan: GenerationPlan) -> Any:
+        arrays = self._token_arguments(tokens, plan)
+        if not self._encodes_apart:
+            return self._compiled(("text", plan.guided), self._condition_step(plan), (self.model, *arrays))[1]
+        encoder = self.model.text_encoder
+        if self.memory.text_encoder == "on_demand":
+            there = home(self.model.image_tokenizer)
+            encoder = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there), encoder)
+        text = self._compiled("encode", features_of, (encoder, *arrays))[1]
+        arguments = (self.model.transformer, text)
+        return self._compiled(("condition", plan.guided), self._features_step(plan), arguments)[1]
 
     def _condition_step(self, plan: GenerationPlan):
         def condition(model: InfinityModel, *arrays: Array) -> TextCondition:
             return condition_on(model.transformer, encode_text(model, *arrays), guided=plan.guided)
+
+        return condition
+
+    def _features_step(self, plan: GenerationPlan):
+        def condition(transformer: Infinity, text: Text) -> TextCondition:
+            return condition_on(transformer, text, guided=plan.guided)
 
         return condition
 
@@ -281,7 +358,8 @@ class Drivers:
         return tuple(tokens) if negative else (tokens.ids, tokens.lengths)
 
     def _decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B out_h out_w 3"]:
-        return self._run("decoder", "decode", _decode, (self.model.image_tokenizer, latents))
+        arguments = (self.model.image_tokenizer, latents)
+        return self._run("decoder", "decode", _decode, arguments, strips=self.memory.decoder_strips)
 
     def _run(
         self, part: str, kind: Hashable, function, arguments: tuple, *, donate: tuple[int, ...] = (), **static: Any
@@ -318,8 +396,12 @@ class Drivers:
         return self._executables[key]
 
 
-def _decode(tokenizer, latents: Float[Array, "B h w C"]) -> Float[Array, "B out_h out_w 3"]:
-    return tokenizer.decode(latents)
+def _decode(tokenizer, latents: Float[Array, "B h w C"], *, strips: int) -> Float[Array, "B out_h out_w 3"]:
+    return tokenizer.decode(latents, strips=strips)
+
+
+def _sampled(party: _Party) -> _Sampled:
+    return _Sampled(party.state.latents, party.plan, party.indices, party.bits, party.certainty, party.statistics)
 
 
 def _keys_like(keys: Key[Array, " B"], size: int) -> jax.ShapeDtypeStruct:

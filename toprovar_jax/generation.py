@@ -133,12 +133,23 @@ def encode_text(
     Raises:
       ValueError: the model has no text encoder.
     """
-    if model.text_encoder is None:
+    return features_of(model.text_encoder, tokens, lengths, negative_tokens, negative_lengths)
+
+
+def features_of(
+    text_encoder: T5Encoder | None,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    negative_tokens: Int[Array, "B P"] | None = None,
+    negative_lengths: Int[Array, " B"] | None = None,
+) -> Text:
+    """:func:`encode_text` with an encoder that may be elsewhere than its model."""
+    if text_encoder is None:
         raise ValueError("this model has no text encoder: pass features as Text(features, lengths)")
-    features = model.text_encoder(tokens, lengths)
+    features = text_encoder(tokens, lengths)
     if negative_tokens is None or negative_lengths is None:
         return Text(features, lengths)
-    return Text(features, lengths, model.text_encoder(negative_tokens, negative_lengths), negative_lengths)
+    return Text(features, lengths, text_encoder(negative_tokens, negative_lengths), negative_lengths)
 
 
 def condition_on(transformer: Infinity, text: Text, *, guided: bool) -> TextCondition:

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.memory_options import MemoryOptions
 from toprovar_jax.model.quantization import Int8Matrix, quantise_stack, rows_apart
+from toprovar_jax.text_placement import host_device
 
 Shardings = Callable[[str, tuple[int, ...]], Sharding]
 """From a parameter's dotted path, which begins with its network's name, and its shape."""
@@ -27,8 +28,9 @@ HOST_MEMORY = "pinned_host"
 class Placement:
     """Puts the parameters of one network where ``memory`` says.
 
-    Only the transformer's blocks are quantised or kept on the host, and of them the matrices, which are nearly all
-    there is.
+    Of the transformer, only the matrices of the blocks are quantised or kept on the host; they are nearly all there is.
+    Of a text encoder that stays off the device, everything is in host memory: as numpy arrays, where it is to be lent to
+    the device, or as arrays of JAX's CPU device.
 
     Attributes:
       errors: of what has been quantised so far, by the path of the matrix inside a block, the largest over the layers:
@@ -41,6 +43,10 @@ class Placement:
     def __init__(self, network: str, shardings: Shardings | None, memory: MemoryOptions):
         self.network = network
         self.errors: dict[str, float] = {}
+        self._numpy = network == "text_encoder" and memory.text_encoder == "on_demand"
+        if network == "text_encoder" and memory.text_encoder == "host":
+            cpu = SingleDeviceSharding(host_device())
+            shardings = lambda path, shape: cpu
         self._shardings, self._memory = shardings, memory
         if memory.stream_blocks and shardings is None:
             _check_host_memory()
@@ -49,8 +55,10 @@ class Placement:
         """Whether the parameter at this path becomes an :class:`Int8Matrix`."""
         return self._memory.quantization == "int8" and self._is_block_matrix(target)
 
-    def sharding(self, target: str, shape: tuple[int, ...]) -> Sharding:
-        """Of a parameter that is not quantised."""
+    def sharding(self, target: str, shape: tuple[int, ...]) -> Sharding | None:
+        """Of a parameter that is not quantised; None for a numpy array."""
+        if self._numpy:
+            return None
         given = self._given(target, shape)
         return given.with_memory_kind(HOST_MEMORY) if self._streams(target) else given
 
@@ -58,6 +66,8 @@ class Placement:
         """A parameter, from the host."""
         if self.quantises(target):
             return self.quantised(target, array.shape, array)
+        if self._numpy:
+            return array
         if self._shardings is None and not self._streams(target):
             return jnp.asarray(array)
         return jax.device_put(array, self.sharding(target, array.shape))

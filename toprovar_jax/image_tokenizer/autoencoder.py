@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from toprovar_jax.config import ImageTokenizerConfig
+from toprovar_jax.errors import UserInputError
 from toprovar_jax.image_tokenizer.blocks import Conv, GroupNorm, ResBlock, upsample_nearest
+from toprovar_jax.image_tokenizer.strips import decode_in_strips
 from toprovar_jax.shapes import Array, Float
 
 
@@ -106,6 +108,18 @@ class ImageTokenizer(nnx.Module):
             raise ValueError("this image tokenizer has no encoder: it was loaded for generation; load it with_encoder")
         return self.encoder(images * 2.0 - 1.0)
 
-    def decode(self, latents: Float[Array, "B lat_h lat_w C"]) -> Float[Array, "B h w 3"]:
-        """Summed codes to pictures in [0, 1]."""
-        return (jnp.clip(self.decoder(latents), -1.0, 1.0) + 1.0) * 0.5
+    def decode(self, latents: Float[Array, "B lat_h lat_w C"], *, strips: int = 1) -> Float[Array, "B h w 3"]:
+        """Summed codes to pictures in [0, 1].
+
+        Args:
+          latents: summed codes.
+          strips: how many horizontal strips the decoder's convolutions are cut into, to need less memory; from 2 on
+            pictures are decoded one after the other. At most one strip for every row of ``latents``.
+
+        Raises:
+          UserInputError: ``strips`` is no positive integer.
+        """
+        if not isinstance(strips, int) or strips < 1:
+            raise UserInputError(f"strips {strips!r}", "must be an integer >= 1", "leave it out")
+        decoded = self.decoder(latents) if strips == 1 else decode_in_strips(self.decoder, latents, strips)
+        return (jnp.clip(decoded, -1.0, 1.0) + 1.0) * 0.5

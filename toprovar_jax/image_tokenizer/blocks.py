@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,17 +27,28 @@ class Conv(nnx.Module):
     def __call__(self, x: Float[Array, "B h w c_in"]) -> Float[Array, "B out_h out_w c_out"]:
         """Convolve. Stride 1 pads evenly; stride 2 pads one row and column at the bottom and right only."""
         size = self.kernel.shape[0]
-        padding = (size // 2, size // 2) if self.stride == 1 else (0, 1)
+        y = self.without_bias(x, pad_rows=(size // 2, size // 2) if self.stride == 1 else (0, 1))
+        return y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)[None, None, None]
+
+    def without_bias(self, x: Float[Array, "B h w c_in"], *, pad_rows: tuple[int, int]) -> Float[Array, "B _ _ c_out"]:
+        """The convolution alone, in the dtype of its products; columns are padded, rows as told."""
+        size = self.kernel.shape[0]
         dtype = jnp.float32 if self.precision == "exact" else jnp.bfloat16
-        y = jax.lax.conv_general_dilated(
+        return jax.lax.conv_general_dilated(
             x.astype(dtype),
             self.kernel[...].astype(dtype),
             window_strides=(self.stride, self.stride),
-            padding=(padding, padding),
+            padding=(pad_rows, (size // 2, size // 2) if self.stride == 1 else (0, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=jax.lax.Precision.HIGHEST if self.precision == "exact" else None,
         )
-        return y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)[None, None, None]
+
+
+class Moments(NamedTuple):
+    """Of the groups of a map, float32 ``[B, 1, G, 1]``."""
+
+    mean: Float[Array, "B 1 G 1"]
+    variance: Float[Array, "B 1 G 1"]
 
 
 class GroupNorm(nnx.Module):
@@ -48,13 +61,23 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         """Normalise over each group's channels and all cells."""
-        batch, height, width, channels = x.shape
-        grouped = x.reshape(batch, height * width, self.groups, channels // self.groups)
+        return self.normalised(x, self.moments(x))
+
+    def moments(self, x: Float[Array, "B h w C"]) -> Moments:
+        """Mean and variance of every group, over all cells."""
+        grouped = self._grouped(x)
         mean = jnp.mean(grouped, axis=(1, 3), keepdims=True)
-        variance = jnp.mean(jnp.square(grouped - mean), axis=(1, 3), keepdims=True)
-        normed = ((grouped - mean) * jax.lax.rsqrt(variance + 1e-6)).reshape(x.shape)
+        return Moments(mean, jnp.mean(jnp.square(grouped - mean), axis=(1, 3), keepdims=True))
+
+    def normalised(self, x: Float[Array, "B h w C"], moments: Moments) -> Float[Array, "B h w C"]:
+        """Cells of a map whose moments are known; it may be some of its cells only."""
+        normed = ((self._grouped(x) - moments.mean) * jax.lax.rsqrt(moments.variance + 1e-6)).reshape(x.shape)
         scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
         return normed * scale[None, None, None] + bias[None, None, None]
+
+    def _grouped(self, x: Float[Array, "B h w C"]) -> Float[Array, "B _ G _"]:
+        batch, height, width, channels = x.shape
+        return x.reshape(batch, height * width, self.groups, channels // self.groups)
 
 
 class ResBlock(nnx.Module):
