@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from toprovar_jax.acceleration import Dense
 from toprovar_jax.drivers import Drivers, TokenArrays
@@ -13,7 +14,7 @@ from toprovar_jax.generation import InfinityModel, make_plan
 from toprovar_jax.loading import load_model
 from toprovar_jax.memory_options import MemoryOptions
 from toprovar_jax.sampling import Sampling
-from toprovar_jax.text_placement import host_device
+from toprovar_jax.text_placement import TEXT_PATHS, host_device
 
 from .tiny_model import CARD, SCALES, TEXT_LENGTH, networks, write_tiny_model
 
@@ -155,4 +156,8 @@ def test_a_text_encoder_that_stays_off_the_device_is_never_placed_there(
     ours, theirs = jax.tree.leaves(loaded.text_encoder), jax.tree.leaves(usual)
     assert all(isinstance(leaf, kind) for leaf in ours)
     assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded[:2]))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded.image_tokenizer))
+    flat = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(loaded[0]))}
+    at_rest = {path for path, leaf in flat.items() if isinstance(leaf, np.ndarray)}
+    assert at_rest == {path for path in flat if path.startswith(TEXT_PATHS)}
+    assert any(path.startswith("layers.cross_attention") for path in at_rest)

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from toprovar_jax.errors import UserInputError
     from toprovar_jax.generation import Generation, InfinityModel, Text, encode_text, generate
     from toprovar_jax.hub import list_models
+    from toprovar_jax.memory import MemoryReport, memory_report
+    from toprovar_jax.memory_options import MemoryOptions
     from toprovar_jax.pipeline import InfinityPipeline
     from toprovar_jax.sampling import Sampling
     from toprovar_jax.schedule import ScaleSchedule
@@ -70,6 +72,9 @@ _WHERE = {
     "encode_text": "generation",
     "generate": "generation",
     "list_models": "hub",
+    "MemoryOptions": "memory_options",
+    "MemoryReport": "memory",
+    "memory_report": "memory",
     "InfinityPipeline": "pipeline",
     "Sampling": "sampling",
     "ScaleSchedule": "schedule",
@@ -88,6 +93,8 @@ __all__ = [
     "GuidanceOffLate",
     "InfinityModel",
     "InfinityPipeline",
+    "MemoryOptions",
+    "MemoryReport",
     "RandomTokens",
     "Sampling",
     "ScaleKV",
@@ -103,6 +110,7 @@ __all__ = [
     "encode_text",
     "generate",
     "list_models",
+    "memory_report",
     "policy_named",
     "register_score",
 ]

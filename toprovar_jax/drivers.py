@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from toprovar_jax.model.text_conditioning import TextCondition
 from toprovar_jax.regroup import partition, take_images
 from toprovar_jax.sampling import ScaleSampling
 from toprovar_jax.shapes import Array, Float, Key, UInt8
-from toprovar_jax.text_placement import borrowed, home, host_device
+from toprovar_jax.text_placement import borrowed, described_borrowed, home, host_device
 
 OnScaleEnd = Callable[[int, int, dict[str, Any]], object]
 """``(index, num_scales, info)`` after every scale; ``info`` holds ``grid``, ``seconds`` and the summed ``latents``."""
@@ -283,6 +284,9 @@ class Drivers:
                 "images": party.indices,
             }
             on_scale_end(scale, party.plan.num_run, info)
+        if party.plan.step(scale).last:
+            # The decoder needs the room.
+            state = state._replace(memory=())
         return party._replace(
             state=state,
             bits=(*party.bits, bits),
@@ -315,30 +319,34 @@ class Drivers:
         arrays = self._token_arguments(tokens, plan)
         if not self._encodes_apart:
             return self._run("text", ("text", plan.guided), self._condition_step(plan), (self.model, *arrays))
-        arguments = (self.model.transformer, self._encode(arrays))
-        return self._run("text", ("condition", plan.guided), self._features_step(plan), arguments)
+        text = self._encode(arrays)
+        with self._lent(self.model.transformer) as transformer:
+            return self._run("text", ("condition", plan.guided), self._features_step(plan), (transformer, text))
 
     def _encode(self, arrays: tuple) -> Text:
         encoder = self.model.text_encoder
         if self.memory.text_encoder == "host" or encoder is None:
             # As arrays of the host, features go wherever the transformer is.
             return jax.device_get(self._run("text", "encode", features_of, (encoder, *arrays)))
+        with self._lent(encoder) as there:
+            return self._run("text", "encode", features_of, (there, *arrays))
+
+    @contextlib.contextmanager
+    def _lent(self, network: Any) -> Iterator[Any]:
         start = time.perf_counter()
         # Blocks of the transformer may rest elsewhere than they compute; the image tokenizer does not.
-        with borrowed(encoder, home(self.model.image_tokenizer)) as there:
+        with borrowed(network, home(self.model.image_tokenizer)) as there:
             self.seconds["text"] += time.perf_counter() - start
-            return self._run("text", "encode", features_of, (there, *arrays))
+            yield there
 
     def _compile_condition(self, tokens: TokenArrays, plan: GenerationPlan) -> Any:
         arrays = self._token_arguments(tokens, plan)
         if not self._encodes_apart:
             return self._compiled(("text", plan.guided), self._condition_step(plan), (self.model, *arrays))[1]
-        encoder = self.model.text_encoder
-        if self.memory.text_encoder == "on_demand":
-            there = home(self.model.image_tokenizer)
-            encoder = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there), encoder)
+        there = home(self.model.image_tokenizer)
+        encoder = described_borrowed(self.model.text_encoder, there)
         text = self._compiled("encode", features_of, (encoder, *arrays))[1]
-        arguments = (self.model.transformer, text)
+        arguments = (described_borrowed(self.model.transformer, there), text)
         return self._compiled(("condition", plan.guided), self._features_step(plan), arguments)[1]
 
     def _condition_step(self, plan: GenerationPlan):

@@ -17,7 +17,8 @@ class MemoryOptions:
 
     Attributes:
       text_encoder: ``"device"``: stays there; ``"on_demand"``: kept in host memory, on the device only while it
-        encodes; ``"host"``: computed by the CPU.
+        encodes; ``"host"``: computed by the CPU. With the last two, the transformer's parameters that texts alone need
+        come to the device for each text as well (0.8 GB of Infinity-2B).
       stream_blocks: keep the matrices of the transformer's blocks in host memory and bring them to the device layer by
         layer, at every scale. The picture is the same; what it costs is their bytes times the scales that compute them:
         for Infinity-2B, with 13 scales, 49 GB per picture or batch in bfloat16 and half of that with int8, against

@@ -28,6 +28,7 @@ from toprovar_jax.generation import make_plan
 from toprovar_jax.hub import find_model
 from toprovar_jax.images import to_uint8
 from toprovar_jax.loading import LoadedModel, load_model
+from toprovar_jax.memory import Driver, MemoryReport, attention_of, check_fits, device_limit, predict
 from toprovar_jax.memory_options import ON_DEVICE, MemoryOptions
 from toprovar_jax.outputs import PipelineOutput
 from toprovar_jax.request import (
@@ -283,6 +284,7 @@ class InfinityPipeline:
             if name not in _OPTIONS:
                 raise unknown_name("option", name, _OPTIONS)
         request = self.resolve(prompt, **options)
+        self._check_memory(request, stepwise=progress or callback_on_scale_end is not None)
         before = dict(self.drivers.seconds)
         with _Progress(request, progress) as bar:
             drawn = self._draw(request, _both(callback_on_scale_end, bar.on_scale_end if progress else None))
@@ -301,6 +303,38 @@ class InfinityPipeline:
             request.warnings,
             bits,
         )
+
+    def memory_report(self, *, batch_size: int = 1, driver: Driver | None = None, **options: Any) -> MemoryReport:
+        """Predict the device memory of calls with these options; nothing is run or allocated.
+
+        Args:
+          batch_size: pictures per call.
+          driver: ``"stepwise"`` for calls with ``progress`` or a callback; default: as without.
+          **options: of :meth:`resolve`, but the prompt.
+
+        Raises:
+          UserInputError: what :meth:`resolve` raises.
+        """
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise UserInputError(f"batch_size {batch_size!r}", "must be an integer >= 1", "leave it out for 1")
+        return predict(*self._predicted(self.resolve(["a prompt"] * batch_size, **options)), driver=driver)
+
+    def _predicted(self, request: ResolvedRequest) -> Any:
+        pixels = "x".join(map(str, reversed(request.size)))
+        return self.card, request.plan, request.batch_size, pixels, self.memory
+
+    def _check_memory(self, request: ResolvedRequest, *, stepwise: bool) -> None:
+        """Refuse what the device cannot hold, where it tells what it can."""
+        limit = device_limit()
+        if limit is None:
+            return
+        report = predict(
+            *self._predicted(request),
+            driver="stepwise" if stepwise else None,
+            attention=attention_of(self.card, request.plan),
+            negative=request.tokens.negative_ids is not None and request.plan.guided,
+        )
+        check_fits(report, limit)
 
     def warmup(self, *, batch_size: int = 1, **options: Any) -> int:
         """Compile everything that calls with these options will need.

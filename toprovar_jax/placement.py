@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.memory_options import MemoryOptions
 from toprovar_jax.model.quantization import Int8Matrix, quantise_stack, rows_apart
-from toprovar_jax.text_placement import host_device
+from toprovar_jax.text_placement import TEXT_PATHS, host_device
 
 Shardings = Callable[[str, tuple[int, ...]], Sharding]
 """From a parameter's dotted path, which begins with its network's name, and its shape."""
@@ -29,8 +29,8 @@ class Placement:
     """Puts the parameters of one network where ``memory`` says.
 
     Of the transformer, only the matrices of the blocks are quantised or kept on the host; they are nearly all there is.
-    Of a text encoder that stays off the device, everything is in host memory: as numpy arrays, where it is to be lent to
-    the device, or as arrays of JAX's CPU device.
+    With a text encoder off the device, what texts alone need is in host memory: as numpy arrays, which are lent to the
+    device; or, where the CPU encodes, the encoder as arrays of JAX's CPU device.
 
     Attributes:
       errors: of what has been quantised so far, by the path of the matrix inside a block, the largest over the layers:
@@ -43,7 +43,6 @@ class Placement:
     def __init__(self, network: str, shardings: Shardings | None, memory: MemoryOptions):
         self.network = network
         self.errors: dict[str, float] = {}
-        self._numpy = network == "text_encoder" and memory.text_encoder == "on_demand"
         if network == "text_encoder" and memory.text_encoder == "host":
             cpu = SingleDeviceSharding(host_device())
             shardings = lambda path, shape: cpu
@@ -57,7 +56,7 @@ class Placement:
 
     def sharding(self, target: str, shape: tuple[int, ...]) -> Sharding | None:
         """Of a parameter that is not quantised; None for a numpy array."""
-        if self._numpy:
+        if self._lends(target):
             return None
         given = self._given(target, shape)
         return given.with_memory_kind(HOST_MEMORY) if self._streams(target) else given
@@ -66,7 +65,7 @@ class Placement:
         """A parameter, from the host."""
         if self.quantises(target):
             return self.quantised(target, array.shape, array)
-        if self._numpy:
+        if self._lends(target):
             return array
         if self._shardings is None and not self._streams(target):
             return jnp.asarray(array)
@@ -76,7 +75,7 @@ class Placement:
         """What :meth:`place` would return for such a parameter, as descriptions; nothing is allocated."""
         if not self.quantises(target):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding(target, shape))
-        values, scale = self._matrix_shardings(target, shape)
+        values, scale = (None, None) if self._lends(target) else self._matrix_shardings(target, shape)
         return Int8Matrix(
             jax.ShapeDtypeStruct(rows_apart(shape), np.int8, sharding=values),
             jax.ShapeDtypeStruct((shape[0], shape[2]), np.float32, sharding=scale),
@@ -90,6 +89,8 @@ class Placement:
         depth, width_in, width_out = shape
         stack, errors = quantise_stack((depth, width_in, width_out), layers)
         self.errors[target.removeprefix("layers.").removesuffix(".kernel")] = max(errors)
+        if self._lends(target):
+            return stack
         values, scale = self._matrix_shardings(target, shape)
         return Int8Matrix(jax.device_put(stack.values, values), jax.device_put(stack.scale, scale))
 
@@ -101,6 +102,13 @@ class Placement:
         if self._shardings is None:
             return SingleDeviceSharding(jax.devices()[0])
         return self._shardings(f"{self.network}.{target}", shape)
+
+    def _lends(self, target: str) -> bool:
+        """Whether a parameter rests as a numpy array."""
+        if self.network == "text_encoder":
+            return self._memory.text_encoder == "on_demand"
+        off_device = self.network == "transformer" and self._memory.text_encoder != "device"
+        return off_device and target.startswith(TEXT_PATHS) and not self._streams(target)
 
     def _streams(self, target: str) -> bool:
         return self._memory.stream_blocks and self._is_block_matrix(target)

@@ -42,3 +42,19 @@ def test_keys_are_stored_in_the_type_of_the_cache():
     cache = empty_cache(1, ROWS, 1, HEADS, DIM, jnp.bfloat16)
     _, keys, values = extend(cache, jnp.int32(0), 0, *_tokens(1, 0), write=True)
     assert keys.dtype == values.dtype == jnp.bfloat16
+
+
+def test_a_cache_that_lies_head_by_head_shows_the_same(monkeypatch):
+    monkeypatch.setattr(kv_cache, "head_by_head", lambda: True)
+    cache = empty_cache(2, ROWS, 5, HEADS, DIM, jnp.float32)
+    assert cache.keys.shape == (2, ROWS, HEADS, 16, DIM), "whole tiles of tokens"
+    first, second, last = _tokens(1, 0), _tokens(4, 1), _tokens(6, 2)
+    cache, keys, _ = kv_cache.extend(cache, jnp.int32(1), 0, *first, write=True)
+    np.testing.assert_array_equal(keys, first[0])
+    cache, keys, _ = kv_cache.extend(cache, jnp.int32(1), 1, *second, write=True)
+    np.testing.assert_array_equal(keys, jnp.concatenate([first[0], second[0]], axis=1))
+    np.testing.assert_array_equal(cache.keys[0], 0)
+    _, keys, values = kv_cache.extend(cache, jnp.int32(1), 5, *last, write=False)
+    np.testing.assert_array_equal(keys, jnp.concatenate([first[0], second[0], last[0]], axis=1))
+    np.testing.assert_array_equal(values, jnp.concatenate([first[1], second[1], last[1]], axis=1))
+    assert kv_cache.emptied(cache).keys.shape == (2, ROWS, HEADS, 0, DIM)

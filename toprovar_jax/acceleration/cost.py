@@ -215,28 +215,37 @@ def plan_bytes(plan: GenerationPlan, config: InfinityConfig) -> dict[str, int]:
     """Device memory of one image while it is made, by purpose; the largest there is at any time.
 
     Returns:
-      ``parameters``, the blocks' matrices (shared by all images), ``cache``, ``maps``, ``increments``, ``outputs``
-      and ``patterns``, what similar keys remember.
+      ``parameters``, the blocks' matrices (shared by all images), and what :func:`state_bytes` tells.
     """
-    item = 4 if config.precision == "exact" else 2
-    width, rows = config.width, 2 if plan.guided else 1
-    block = 8 * width * width + 2 * width * config.feed_forward_width
-    steps = [plan.step(scale) for scale in range(plan.num_run)]
-    cache = max(_held_bytes(step, config, item) for step in steps)
-    maps = max((step.tokens if step.keeps_maps else 0) for step in steps) * config.num_layers * 4
+    block = 8 * config.width * config.width + 2 * config.width * config.feed_forward_width
+    states = [state_bytes(plan.step(scale), config) for scale in range(plan.num_run)]
+    largest = {name: max(state[name] for state in states) for name in states[0]}
+    return {"parameters": block * config.num_layers * _item_bytes(config), **largest}
+
+
+def state_bytes(step: ScaleStep, config: InfinityConfig) -> dict[str, int]:
+    """What the layers hand on after a scale, for one image.
+
+    Returns:
+      ``cache``, ``maps``, ``increments``, ``outputs`` and ``patterns``, what similar keys remember.
+    """
+    item, rows = _item_bytes(config), 2 if step.guided else 1
     increments = 0
-    for step in steps:
+    recorded_at = step.scale if step.records_increments else step.increments_from
+    if recorded_at is not None:
         layers = sum(group.stop - group.start for group in step.groups if group.keeps_increments)
-        recorded = step.tokens if step.records_increments else 0
-        increments = max(increments, layers * recorded * rows * width * item)
+        increments = layers * step.schedule.token_counts[recorded_at] * rows * config.width * item
     return {
-        "parameters": block * config.num_layers * item,
-        "cache": cache,
-        "maps": maps,
+        "cache": _held_bytes(step, config, item),
+        "maps": (step.tokens if step.keeps_maps else 0) * config.num_layers * 4,
         "increments": increments,
-        "outputs": max(_output_bytes(step, width) for step in steps),
-        "patterns": max(_pattern_bytes(step, config, item) for step in steps),
+        "outputs": _output_bytes(step, config.width),
+        "patterns": _pattern_bytes(step, config, item),
     }
+
+
+def _item_bytes(config: InfinityConfig) -> int:
+    return 4 if config.precision == "exact" else 2
 
 
 def _pattern_bytes(step: ScaleStep, config: InfinityConfig, item: int) -> int:

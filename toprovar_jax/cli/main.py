@@ -18,6 +18,7 @@ COMMANDS = {
     "export-eval": "make the pictures that a public benchmark's scorer reads, in its own folder layout",
     "convert": "turn released weights into a model folder",
     "finetune": "train a model further on pictures with captions",
+    "memory": "tell how much device memory a model needs, without running it",
 }
 """Each is a module of this package with a ``main``; see :data:`MODULES`."""
 

@@ -22,7 +22,7 @@ from toprovar_jax.acceleration.scores import Candidates, score_named
 from toprovar_jax.acceleration.selection import gather_rotary, gather_tokens, scatter_tokens, select_tokens
 from toprovar_jax.acceleration.step import GroupStep, ScaleStep
 from toprovar_jax.model.block import LayerText
-from toprovar_jax.model.kv_cache import KVCache
+from toprovar_jax.model.kv_cache import KVCache, emptied
 from toprovar_jax.model.layer_memory import GroupMemory
 from toprovar_jax.model.layer_scan import scan_layers
 from toprovar_jax.model.projected_layers import mix_tokens, restore_tokens
@@ -129,7 +129,7 @@ def run_group(
         increments = memory.increments
     handed_on = GroupMemory(
         # What is compressed is held elsewhere from now on.
-        jax.tree.map(lambda array: array[:, :, :0], cache) if after.held is not None else cache,
+        emptied(cache) if after.held is not None else cache,
         after.maps if step.keeps_maps else after.maps[:, :, :0],
         increments,
         x if step.keeps_outputs else x[:, :0],
