@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
+from pallas_kernels.attention.target import current_target
 from pallas_kernels.varying import as_varying
 from toprovar_jax.shapes import Array, Int
 
@@ -58,7 +60,17 @@ def scan_layers(
 
     def part(carry, item):
         index, own = item
-        layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked)
+        layer = jax.tree.map(lambda x: _as_stored(jax.lax.dynamic_index_in_dim(x, index, keepdims=False)), stacked)
         return body(carry, layer, index, own)
 
     return jax.lax.scan(part, carry, (jnp.arange(start, stop), own))
+
+
+def _as_stored(array: jax.Array) -> jax.Array:
+    """``array`` in the layout that it has in memory, on TPUs.
+
+    Where a product would have its matrix the other way round, the compiler else turns the whole stack around first.
+    """
+    if current_target().platform != "tpu" or array.ndim < 2:
+        return array
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
