@@ -13,6 +13,7 @@ import sys
 import kernel_tables
 import policy_tables
 import pruning_tables
+import released_tables
 from kernel_tables import BrokenResults, results
 
 from pallas_kernels.report import Parser
@@ -60,7 +61,13 @@ def _share(interval: dict) -> str:
     return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
 
-TABLES = {"scenes": scenes, **kernel_tables.TABLES, **pruning_tables.TABLES, **policy_tables.TABLES}
+TABLES = {
+    "scenes": scenes,
+    **kernel_tables.TABLES,
+    **pruning_tables.TABLES,
+    **policy_tables.TABLES,
+    **released_tables.TABLES,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

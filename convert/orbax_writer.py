@@ -144,11 +144,16 @@ class _StreamedHandler(ocp.type_handlers.TypeHandler):
     async def serialize(
         self, values: Sequence[StreamedArray], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
+        for info in infos:
+            await info.await_path_creation()
+        # All at once: making an array is a commit to the disk, and these go together.
+        specs = (
+            _spec(value, Path(info.parent_dir) / _PROCESS, info.name) for value, info in zip(values, infos, strict=True)
+        )
+        arrays = await asyncio.gather(*(ts.open(spec, context=_context()) for spec in specs))
         with ThreadPoolExecutor(_MAKERS) as makers:
             async with _Pending(_PENDING_BYTES) as pending:
-                for value, info in zip(values, infos, strict=True):
-                    await info.await_path_creation()
-                    array = await ts.open(_spec(value, Path(info.parent_dir) / _PROCESS, info.name), context=_context())
+                for value, array in zip(values, arrays, strict=True):
                     async for index, part in _made_ahead(value, makers):
                         write = array[index].write(part, can_reference_source_data_indefinitely=True)
                         await pending.add(write, part.nbytes)
