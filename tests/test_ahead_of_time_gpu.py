@@ -14,7 +14,10 @@ from pallas_kernels.attention import mosaic_gpu
 from pallas_kernels.attention.cases import Case
 from pallas_kernels.attention.mosaic_gpu import MosaicGpuConfig
 from pallas_kernels.attention.target import current_target
+from toprovar_jax.image_tokenizer.bsq import bits_to_codes, next_scale_input, tokens_to_bits
+from toprovar_jax.image_tokenizer.resize import resize_bilinear
 from toprovar_jax.memory_options import MemoryOptions
+from toprovar_jax.schedule import ScaleSchedule
 
 from .stack_memory import check_stack_memory
 
@@ -129,3 +132,23 @@ def test_without_the_plugin_it_says_what_to_do():
 def test_stacks_are_never_converted_copied_or_fetched_as_a_whole(compiler, quantization, streamed, layers):
     memory = MemoryOptions(stream_blocks=streamed, quantization=quantization)
     check_stack_memory(gpu_mesh("H100"), memory, layers)
+
+
+@pytest.mark.parametrize("scale", [0, 10, 11])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("aspect_ratio", ["1:1", "3:4"])
+def test_code_sums_of_14_channels_are_resized(compiler, aspect_ratio, batch, scale):
+    """What surrounds a resize takes part: the compiler merges permutations with the products beside them."""
+    schedule = ScaleSchedule.of(aspect_ratio, 13, latent_per_token=2)
+
+    def add_scale(tokens, latents):
+        codes = bits_to_codes(tokens_to_bits(tokens, schedule.grids[scale], patchify=True))
+        latents = latents + resize_bilinear(codes, schedule.latent_grids[-1])
+        return latents, next_scale_input(latents, schedule, scale + 1)
+
+    height, width = schedule.grids[scale]
+    tokens = jax.ShapeDtypeStruct((batch, height * width, 56), "uint8")
+    latents = jax.ShapeDtypeStruct((batch, *schedule.latent_grids[-1], 14), "float32")
+    mesh = gpu_mesh("H200")
+    compiled = compile_for(mesh, jax.jit(add_scale, donate_argnums=1), *placed((tokens, latents), mesh))
+    assert "fusion" in (compiled.as_text() or "")

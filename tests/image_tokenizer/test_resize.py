@@ -1,12 +1,20 @@
 """Resampling against plain loops that spell the rule out, one output cell at a time."""
 
+import itertools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from toprovar_jax.image_tokenizer.resize import pixel_shuffle, pixel_unshuffle, resize_area, resize_bilinear
+from toprovar_jax.image_tokenizer.resize import (
+    bilinear_taps,
+    pixel_shuffle,
+    pixel_unshuffle,
+    resize_area,
+    resize_bilinear,
+)
 
 SIZES = [
     *(((1, 1), (4, 6)), ((4, 4), (4, 4)), ((2, 3), (7, 5)), ((5, 7), (11, 13)), ((3, 3), (6, 9))),
@@ -49,6 +57,28 @@ def test_agrees_with_the_rule_spelled_out(resize, line, size_in, size_out):
     assert got.shape == (2, *size_out, 3)
     # Float32 coordinates: up to 4e-6 from exact ones (MODEL_SPEC 13.17).
     np.testing.assert_allclose(got, along_both_axes(line, x, size_out), atol=4e-6)
+
+
+def bilinear_matrix(size_in, size_out):
+    low, high, fraction = bilinear_taps(size_in, size_out)
+    matrix = np.zeros((size_out, size_in), np.float32)
+    np.add.at(matrix, (np.arange(size_out), low), 1 - fraction)
+    np.add.at(matrix, (np.arange(size_out), high), fraction)
+    return matrix
+
+
+@pytest.mark.parametrize(("height", "out_height"), [*itertools.product((1, 2, 5, 16, 21), repeat=2)])
+def test_blending_neighbours_is_multiplying_by_the_bilinear_matrices(height, out_height):
+    """Up, down, equal and to or from a single cell, to the rounding of float32; so is what flows back."""
+    (width, out_width), x = (7, 12), draw(2, height, 7, 3)
+    down, across = bilinear_matrix(height, out_height), bilinear_matrix(width, out_width)
+    expected = np.einsum("oh,pw,bhwc->bopc", *map(np.float64, (down, across, x)))
+    resize = jax.jit(lambda x: resize_bilinear(x, (out_height, out_width)))
+    got, backward = jax.vjp(resize, jnp.asarray(x))
+    np.testing.assert_allclose(got, expected, atol=5e-7)
+    flowing = draw(2, out_height, out_width, 3)
+    expected = np.einsum("oh,pw,bopc->bhwc", *map(np.float64, (down, across, flowing)))
+    np.testing.assert_allclose(backward(jnp.asarray(flowing))[0], expected, atol=4e-6)
 
 
 @pytest.mark.parametrize("resize", [resize_bilinear, resize_area])

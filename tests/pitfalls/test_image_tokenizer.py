@@ -20,7 +20,7 @@ from toprovar_jax.image_tokenizer.blocks import Conv, GroupNorm
 from toprovar_jax.image_tokenizer.bsq import decode_scales, next_scale_input, tokens_to_bits
 from toprovar_jax.image_tokenizer.resize import (
     area_matrix,
-    bilinear_matrix,
+    bilinear_taps,
     pixel_shuffle,
     pixel_unshuffle,
     resize_area,
@@ -148,7 +148,8 @@ def test_17_float32_coordinates_differ_from_exact_ones_by_rounding_only():
     for grids in ASPECT_RATIOS.values():
         for size_in, size_out in {(grids[-1][axis], grid[axis]) for grid in grids for axis in (0, 1)}:
             exact = np.maximum((np.arange(size_out) + 0.5) * size_in / size_out - 0.5, 0)
-            ours = bilinear_matrix(size_in, size_out).astype(np.float64) @ np.arange(size_in)
+            low, high, fraction = bilinear_taps(size_in, size_out)
+            ours = low + (high - low) * fraction.astype(np.float64)
             worst = max(worst, float(np.max(np.abs(ours - np.minimum(exact, size_in - 1)))))
     assert 0 < worst < 1e-5
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from pallas_kernels import entropy_spectrum_ratio
 from toprovar_jax.errors import unknown_name
-from toprovar_jax.image_tokenizer.resize import bilinear_matrix
+from toprovar_jax.image_tokenizer.resize import blend_neighbours
 from toprovar_jax.schedule import Grid
 from toprovar_jax.shapes import Array, Float
 
@@ -47,9 +47,8 @@ def resize_map(maps: Float[Array, "*B T"], grid_in: Grid, grid_out: Grid) -> Flo
     """Token maps of one grid on another: bilinear, corners not aligned, no antialiasing; equal grids: unchanged."""
     if grid_in == grid_out:
         return maps
-    down, across = (jnp.asarray(bilinear_matrix(*sizes), maps.dtype) for sizes in zip(grid_in, grid_out, strict=True))
-    spatial = maps.reshape(*maps.shape[:-1], *grid_in)
-    resized = jnp.einsum("oh,...hw,pw->...op", down, spatial, across, precision=jax.lax.Precision.HIGHEST)
+    spatial, rows = maps.reshape(*maps.shape[:-1], *grid_in), maps.ndim - 1
+    resized = blend_neighbours(blend_neighbours(spatial, rows, grid_out[0]), rows + 1, grid_out[1])
     return resized.reshape(*maps.shape[:-1], grid_out[0] * grid_out[1])
 
 
