@@ -18,7 +18,7 @@ from convert.orbax_writer import StreamedArray, write_checkpoint
 from convert.recognise import Recognised, read_cards, recognise
 from convert.sources import group_sources, open_source
 from convert.streaming import Dtype, streamed_arrays, verify
-from convert.target import CARD, RECORD, building, check_target
+from convert.target import CARD, RECORD, building, check_target, leftover_bytes
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.files import check_output_dir, replace_file
 from toprovar_jax.model_card import FORMAT, ModelCard
@@ -115,7 +115,19 @@ def check_plan(plan: Plan, out: Path, *, force: bool = False) -> tuple[str, ...]
     """
     models = _models_with(plan, check_target(out, plan.kinds, force=force))
     check_output_dir(out.resolve().parent)
+    _check_space(plan, out)
     return models
+
+
+def _check_space(plan: Plan, out: Path) -> None:
+    parent = next(folder for folder in out.resolve().parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free + leftover_bytes(out)
+    if plan.nbytes > free:
+        raise UserInputError(
+            f"--out {out}",
+            f"needs {plan.nbytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there",
+            "choose another disk or make room",
+        )
 
 
 def _models_with(plan: Plan, record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import errno
 import functools
 import math
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,7 +95,12 @@ def write_checkpoint(path: Path, arrays: Mapping[str, StreamedArray]) -> None:
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path.resolve(), nested(arrays))
+        try:
+            checkpointer.save(path.resolve(), nested(arrays))
+        except ValueError as error:
+            if os.strerror(errno.ENOSPC) in str(error) or "RESOURCE_EXHAUSTED" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            raise
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

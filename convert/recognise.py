@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,7 @@ def recognise(source: Source, cards: Mapping[str, ModelCard], model: str | None 
     shapes = parameter_shapes(kind, config)
     canonical = kind.canonical(source.tensors, config)
     tensors, left_out = _without_strangers(source.tensors, canonical, rules)
+    _check_single(source, kind, left_out)
     names = by_config[config]
     try:
         reading = match_tensors(rules, shapes, tensors, source=source.label, canonical=canonical)
@@ -188,6 +189,18 @@ def _without_strangers(
         name for name in tensors if (ours := canonical(name)) is not None and ours.split(".")[0] not in modules
     }
     return {name: tensor for name, tensor in tensors.items() if name not in strangers}, tuple(sorted(strangers))
+
+
+def _check_single(source: Source, kind: Kind, left_out: Sequence[str]) -> None:
+    """Refuses a file in which another network lies among the tensors that ``kind`` has no place for."""
+    for other in KINDS:
+        found = [name for name in left_out if other is not kind and other.tells.match(name)]
+        if len(found) > 2:
+            raise UserInputError(
+                f"checkpoint {source.label}",
+                f"holds a {kind.title} and a {other.title} ({found[0][:60]!a} and {len(found) - 1} more)",
+                "save each into a file of its own",
+            )
 
 
 def read_cards(model: str | None, presets: Mapping[str, ModelCard]) -> tuple[Mapping[str, ModelCard], str | None]:

@@ -158,6 +158,44 @@ def test_decoders_take_what_the_compiler_says(name):
     assert phase.temporaries == pytest.approx(compiled["temporary_bytes"], rel=0.2)
 
 
+@pytest.mark.parametrize("name", json.loads((RESULTS / "memory_report.json").read_text()))
+def test_predictions_are_within_a_tenth_of_what_the_compiler_says(name):
+    """Of programs of both released models, compiled ahead of time; see ``benchmarks/memory_report.py``."""
+    compiled = json.loads((RESULTS / "memory_report.json").read_text())[name]["compiled"]
+    if "program" not in compiled:
+        assert "failure" in compiled
+        return
+    setting, phase_name = name.split(": ")
+    target, model, pixels, _, batch, policy = setting.split()
+    del target
+    chosen = ToProVAR(depth_rule="fixed", depth=10) if policy == "toprovar" else policy
+    driver: Any = "fused" if phase_name == "scales" else "stepwise"
+    report = memory_report(model, pixels=pixels, batch_size=int(batch), policy=chosen, driver=driver)
+    phase = next(phase for phase in report.phases if phase.name == phase_name)
+    assert phase.program == pytest.approx(compiled["program"], rel=0.1)
+
+
+def test_the_released_models_fit_8_and_24_gigabytes():
+    memory = MemoryOptions(text_encoder="on_demand")
+    assert memory_report("infinity-2b", pixels="1M", memory=memory).peak < 8e9
+    assert memory_report("infinity-8b", pixels="1M", memory=memory).peak < 24e9
+
+
+def test_what_does_not_fit_is_told_what_would(capsys):
+    assert main(["memory", "--model", "infinity-8b", "--device-memory", "9.3GB"]) == 2
+    assert "--low-memory --int8, needs 9.1" in capsys.readouterr().err
+    assert main(["memory", "--model", "infinity-8b", "--device-memory", "9.3GB", "--low-memory", "--int8"]) == 0
+
+
+def test_original_files_are_not_converted_to_tell_their_memory(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TOPROVAR_MODELS", str(tmp_path / "models"))
+    (tmp_path / "infinity_2b_reg.pth").touch()
+    for model in (str(tmp_path), "FoundationVision/Infinity"):
+        assert main(["memory", "--model", model]) == 2
+        assert "name the preset" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
 def test_larger_batches_and_pictures_take_more():
     peaks = [memory_report("infinity-2b", pixels=p, batch_size=b).peak for p, b in (("0.25M", 1), ("1M", 1), ("1M", 4))]
     assert peaks == sorted(set(peaks))

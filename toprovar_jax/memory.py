@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from toprovar_jax.acceleration import POLICIES, AccelerationPolicy, GenerationPl
 from toprovar_jax.config import Precision
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.generation import make_plan
-from toprovar_jax.hub import CARD, find_model
+from toprovar_jax.hub import CARD, EMBEDDED_MODELS, find_model
 from toprovar_jax.memory_options import ON_DEVICE, MemoryOptions
 from toprovar_jax.memory_parts import weight_bytes
 from toprovar_jax.memory_phases import AttentionKind, Driver, Phase, decoder_phase, scale_phases, text_phases
@@ -137,7 +138,7 @@ def memory_report(
       UserInputError: an unknown name, or a value that is not legal.
     """
     card = PRESETS[str(model)] if model is not None and str(model) in PRESETS else None
-    card = card or ModelCard.read(find_model(model) / CARD, PRESETS)
+    card = card or _card_of(model)
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise UserInputError(f"batch_size {batch_size!r}", "must be an integer >= 1", "leave it out for 1")
     chosen = policy
@@ -150,6 +151,15 @@ def memory_report(
     plan = make_plan(schedule, sampling, chosen, num_layers=card.transformer.num_layers)
     named = card.default_pixels if pixels is None else pixels
     return predict(card.with_precision(precision), plan, batch_size, named, memory, driver=driver, attention=attention)
+
+
+def _card_of(model: str | os.PathLike[str] | None) -> ModelCard:
+    """The description in a model folder, or of an embedded model; original files are not looked into."""
+    if model is not None and model not in EMBEDDED_MODELS and not (Path(model).expanduser() / CARD).is_file():
+        named = f"a name ({', '.join((*EMBEDDED_MODELS, *PRESETS))}) or a folder with a {CARD}"
+        rule = f"must be {named}; what memory takes does not depend on the weights"
+        raise UserInputError(f"model {str(model)!r}", rule, "name the preset, such as infinity-2b")
+    return ModelCard.read(find_model(model) / CARD, PRESETS)
 
 
 def attention_of(card: ModelCard, plan: GenerationPlan) -> AttentionKind:
@@ -256,8 +266,10 @@ def _smaller(report: MemoryReport) -> Iterator[tuple[MemoryOptions, int]]:
         yield spared, batch
     for batch in (report.batch_size, *batches):
         yield dataclasses.replace(spared, quantization="int8"), batch
-    for batch in (report.batch_size, *batches):
-        yield dataclasses.replace(spared, quantization=given.quantization, stream_blocks=True), batch
+    spared = dataclasses.replace(spared, stream_blocks=True, decoder_strips=max(given.decoder_strips, 8))
+    for quantization in dict.fromkeys((given.quantization, "int8")):
+        for batch in (report.batch_size, *batches):
+            yield dataclasses.replace(spared, quantization=quantization), batch
 
 
 def _described(memory: MemoryOptions, report: MemoryReport, batch: int) -> str:
@@ -268,5 +280,17 @@ def _described(memory: MemoryOptions, report: MemoryReport, batch: int) -> str:
     ]
     words = [f"batch {batch}"] if batch != report.batch_size else []
     if changed:
-        words.append(f"MemoryOptions({', '.join(changed)})")
+        words.append(f"MemoryOptions({', '.join(changed)}), as a command {_flags(memory)},")
     return " with ".join(words)
+
+
+def _flags(memory: MemoryOptions) -> str:
+    """The same on the command line."""
+    flags = ["--low-memory"] if memory.stream_blocks else []
+    if memory.text_encoder != ("on_demand" if memory.stream_blocks else "device"):
+        flags.append(f"--text-encoder-on {memory.text_encoder.replace('_', '-')}")
+    if memory.quantization is not None:
+        flags.append("--int8")
+    if memory.decoder_strips != (8 if memory.stream_blocks else 1):
+        flags.append(f"--decoder-strips {memory.decoder_strips}")
+    return " ".join(flags)

@@ -1,13 +1,17 @@
 """``python -m convert``: one command, one line for every mistake."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import time
 
 import jax
 import numpy as np
 import pytest
 
+from convert.copying import copy_into
 from convert.safetensors_io import save_safetensors
 from toprovar_jax.cli.convert import main, size
 from toprovar_jax.config import ImageTokenizerConfig, InfinityConfig
@@ -123,3 +127,19 @@ def test_help_names_every_option(capsys):
 
 def test_sizes_are_in_decimal_units():
     assert [size(n) for n in (999, 1500, 2_000_000, 17_340_000_000)] == ["999 B", "1.5 kB", "2.0 MB", "17.3 GB"]
+
+
+def test_an_interrupted_conversion_leaves_nothing(originals, tmp_path, capsys, monkeypatch):
+    sent = []
+
+    def interrupted(out, part):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+            time.sleep(0.2)  # until the main thread has seen it
+        copy_into(out, part)
+
+    monkeypatch.setattr("convert.streaming.copy_into", interrupted)
+    words = (originals / "transformer.safetensors", "--model", originals / "model.json", "--out", tmp_path / "out")
+    assert command(*words) == 130
+    assert capsys.readouterr().err.endswith("error: interrupted; nothing was written\n")
+    assert list(tmp_path.iterdir()) == []

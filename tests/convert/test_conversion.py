@@ -277,3 +277,20 @@ def test_a_killed_conversion_leaves_nothing_under_the_targets_name(exact_origina
     assert (tmp_path / ".out.unfinished").is_dir()
     convert(plan_of(exact_originals, "transformer"), tmp_path / "out", verified=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_room_on_the_disk_is_said_before_anything_is_written(exact_originals, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(UserInputError, match="are free there"):
+        conversion.check_plan(plan_of(exact_originals, "transformer"), tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_networks_in_one_file_are_refused(exact_originals, tmp_path):
+    tensors = {}
+    for name in ("transformer", "image_tokenizer"):
+        file = open_safetensors(exact_originals / f"{name}.safetensors")
+        tensors |= {key: np.array(read()) for key, read in file.items()}
+    save_safetensors(tmp_path / "both.safetensors", tensors, {})
+    with pytest.raises(UserInputError, match=r"holds a .* and a .* save each into a file of its own"):
+        make_plan([tmp_path / "both.safetensors"], {CARD.name: CARD})

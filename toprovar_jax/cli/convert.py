@@ -75,8 +75,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m convert") 
         check_options(options)
         with interrupts.nothing_to_lose():
             start_backend("cpu")  # nothing is computed, and an accelerator may be at work elsewhere
-        run(options)
-        interrupts.check()
+        run(options, interrupts)
 
     return carry_out(work, lost="nothing was written", debug="--debug" in argv)
 
@@ -95,8 +94,8 @@ def check_options(options: ConvertOptions) -> None:
         raise unknown_name("--dtype", options.dtype, ("bfloat16", "float32"))
 
 
-def run(options: ConvertOptions) -> None:
-    """Does what the options ask for.
+def run(options: ConvertOptions, interrupts: Interrupts) -> None:
+    """Does what the options ask for; a Ctrl-C is answered between two pieces, until the folder is there.
 
     Raises:
       UserInputError: see :func:`convert.conversion.make_plan` and :func:`convert.conversion.convert`.
@@ -124,11 +123,13 @@ def run(options: ConvertOptions) -> None:
     }
 
     def progress(stage: str, nbytes: int) -> None:
+        interrupts.check()
         bars[stage].update(nbytes)
         ended[stage] = time.perf_counter()
 
     try:
-        compared = convert(plan, out, force=options.force, verified=options.verify, progress=progress)
+        with interrupts.later():
+            compared = convert(plan, out, force=options.force, verified=options.verify, progress=progress)
     finally:
         for bar in bars.values():
             bar.close()

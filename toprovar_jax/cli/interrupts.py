@@ -26,6 +26,7 @@ class Interrupts:
         self._lost = lost
         self._pressed = False
         self._nothing_to_lose = False
+        self._later = False
         self._previous: Any = None
 
     def __enter__(self) -> Interrupts:
@@ -46,8 +47,17 @@ class Interrupts:
         finally:
             self._nothing_to_lose = previous
 
+    @contextlib.contextmanager
+    def later(self) -> Iterator[None]:
+        """Where a Ctrl-C waits for the next :meth:`check`: an event loop does not survive one in its midst."""
+        previous, self._later = self._later, True
+        try:
+            yield
+        finally:
+            self._later = previous
+
     def check(self) -> None:
-        """Raises the ``KeyboardInterrupt`` that something swallowed."""
+        """Raises the ``KeyboardInterrupt`` that something swallowed, or that waits."""
         if self._pressed:
             raise KeyboardInterrupt
 
@@ -69,4 +79,5 @@ class Interrupts:
             os.write(2, below_the_bar + b"error: " + words.encode() + b"\n")
             os._exit(130)
         self._pressed = True
-        raise KeyboardInterrupt
+        if not self._later:
+            raise KeyboardInterrupt
