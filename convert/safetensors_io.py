@@ -14,6 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from toprovar_jax.errors import UserInputError
+from toprovar_jax.files import absence
 
 _DTYPES = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_},
@@ -35,7 +36,7 @@ def open_safetensors(path: Path | str) -> dict[str, Callable[[], np.ndarray]]:
     if path.is_dir():
         raise UserInputError(f"folder {path}", "must be a safetensors file", "name the file inside it")
     if not path.is_file():
-        raise UserInputError(f"file {path}", "does not exist", "check the model folder")
+        raise UserInputError(f"file {path}", absence(path), "check the model folder")
     try:
         with safetensors.safe_open(str(path), framework="np") as checked:
             checked.keys()

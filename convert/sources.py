@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from convert.pth import PthTensor, open_pth
 from convert.safetensors_io import open_safetensors
 from toprovar_jax.errors import UserInputError
+from toprovar_jax.files import absence
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 """Files of weights; all but the first are what ``torch.save`` writes."""
@@ -23,8 +25,11 @@ _PLAIN = ("trainer", "gpt_fsdp", "gpt", "vae", "state_dict", "model", "module")
 _AVERAGED = ("gpt_ema_fsdp", "gpt_ema", "vae_ema", "ema", "model_ema", "ema_state_dict")
 """Keys that hold the weights in files of more than weights; the second kind, their averages over training."""
 
-_ADDED = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
-"""What wrappers of training put before all names."""
+_LEADING = "module."
+"""What wrappers of training for several devices put before all names; inside a name it belongs to the network."""
+
+_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+"""Elements of names that compiling, sharding and recomputing add wherever they wrap a module."""
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(\.[a-z]+)$")
 _LARGEST_INDEX = 64 << 20
@@ -63,9 +68,17 @@ class Source:
 
 
 def group_sources(paths: Iterable[Path]) -> list[tuple[Path, ...]]:
-    """Paths that belong to one network each: shards of one set together, everything else alone."""
+    """Paths that belong to one network each: shards of one set together, everything else alone.
+
+    Raises:
+      UserInputError: a path is given twice.
+    """
     groups: dict[Any, list[Path]] = {}
+    seen = set()
     for path in paths:
+        if (place := os.path.abspath(path)) in seen:
+            raise UserInputError(f"source {path}", "is given twice", "name it once")
+        seen.add(place)
         match = _SHARD.search(path.name)
         groups.setdefault((path.parent, *match.groups()) if match else path, []).append(path)
     return [tuple(group) for group in groups.values()]
@@ -88,7 +101,7 @@ def open_source(paths: Sequence[Path], *, ema: bool = False) -> Source:
         return _open_index(first, ema)
     for path in paths:
         if path.suffix not in SUFFIXES:
-            there = "is no file of weights" if path.is_file() else "does not exist"
+            there = "is no file of weights" if path.is_file() else absence(path)
             raise UserInputError(f"file {path}", there, f"name a folder or a file that ends with {', '.join(SUFFIXES)}")
     if match := _SHARD.search(first.name):
         names = {path.name for path in paths}
@@ -151,13 +164,7 @@ def _open_index(path: Path, ema: bool) -> Source:
     for shard in shards:
         if not shard.is_file():
             raise UserInputError(f"file {shard}", f"is missing, and {path.name} names it", "fetch it too")
-    source = _merged(str(path.parent), shards, ema, placed)
-    missing = sorted(placed.keys() - source.tensors.keys())
-    if missing:
-        raise UserInputError(
-            f"index {path}", f"names tensors that its shards lack ({_some(missing)})", "fetch all files again"
-        )
-    return source
+    return _merged(str(path.parent), shards, ema, placed)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -175,7 +182,7 @@ def _read_index(path: Path) -> dict[str, str]:
             raise UserInputError(f"index {path}", "must be a file", "check the path")
         if path.stat().st_size > _LARGEST_INDEX:
             raise UserInputError(f"index {path}", f"must be under {_LARGEST_INDEX >> 20} MiB", "fetch it again")
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        index = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
     except UserInputError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -215,10 +222,24 @@ def _merged(label: str, paths: Sequence[Path], ema: bool, placed: Mapping[str, s
         tensors |= found
     if not tensors:
         raise UserInputError(f"checkpoint {label}", "has no tensors", "name another file")
-    for added in _ADDED:
-        if all(name.startswith(added) for name in tensors):
-            tensors = {name.removeprefix(added): tensor for name, tensor in tensors.items()}
-    return Source(label, tuple(paths), tensors, wrapped, averaged)
+    missing = sorted((placed or {}).keys() - tensors.keys())
+    if missing:
+        raise UserInputError(
+            f"index of {label}", f"names tensors that its shards lack ({_some(missing)})", "fetch all files again"
+        )
+    return Source(label, tuple(paths), _without_wrappers(label, tensors), wrapped, averaged)
+
+
+def _without_wrappers(label: str, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tensors under the names that they have in a network that nothing wraps."""
+    plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in tensors}
+    while all(name.startswith(_LEADING) for name in plain.values()):
+        plain = {name: shorter.removeprefix(_LEADING) for name, shorter in plain.items()}
+    twice = [name for name, count in Counter(plain.values()).items() if count > 1]
+    if twice:
+        rule = f"has {_some(twice)} twice, once with and once without the names of wrappers"
+        raise UserInputError(f"checkpoint {label}", rule, "keep the right one")
+    return {plain[name]: tensor for name, tensor in tensors.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +278,7 @@ def _unwrapped(path: Path, tree: Any, ema: bool) -> tuple[dict[str, LazyTensor],
         raise UserInputError(where, f"holds a {type(tree).__name__}, not tensors by name", "name another file")
     tensors = {name: tensor for name, tensor in tree.items() if isinstance(tensor, PthTensor)}
     if not tensors:
-        raise UserInputError(where, f"holds no tensors but {_some(tree)}", "name another file")
+        raise UserInputError(where, "holds no tensors" + (f" but {_some(tree)}" if tree else ""), "name another file")
     if not all(isinstance(name, str) for name in tensors):
         raise UserInputError(where, "holds tensors whose names are not text", "name another file")
     averaged = any(key in _AVERAGED for key in keys)

@@ -90,6 +90,14 @@ def test_a_named_model_without_weights_says_where_they_belong_and_where_they_are
     assert EMBEDDED in message
 
 
+@pytest.mark.usefixtures("shelf")
+def test_a_preset_that_was_never_released_is_not_said_to_be_on_the_hub():
+    message = refusal("infinity-layer12")
+    assert "was never released" in message
+    assert "pass the folder that holds them" in message
+    assert "FoundationVision" not in message
+
+
 def test_a_named_model_with_a_damaged_file_says_which(shelf):
     path = put(shelf / "infinity-8b", "transformer.safetensors") / "transformer.safetensors"
     assert str(path) in refusal("infinity-8b")

@@ -119,6 +119,17 @@ def test_a_file_that_is_cut_short_is_named(folder, name, keep):
     assert "cut short" in message
 
 
+@pytest.mark.parametrize("converted", [["transformer"], ["transformer", "text_encoder"]])
+def test_a_folder_with_some_networks_converted_says_which_are_to_be_added(tmp_path, converted):
+    (tmp_path / "model.json").write_text(CARD.to_json())
+    for name in converted:
+        (tmp_path / name).mkdir()
+    lacking = [name for name in ("transformer", "image_tokenizer", "text_encoder") if name not in converted]
+    message = refusal(tmp_path)
+    assert f"{tmp_path}: lacks {' and '.join(lacking)}; add to it with python -m convert" in message
+    assert f"--out {tmp_path}" in message
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_what_is_no_safetensors_file_is_named(folder, name):
     (folder / name).write_bytes(b"<html>not found</html>" * 100)

@@ -125,4 +125,6 @@ def _read(folder: Path, name: str, stored: ts.TensorStore, index: tuple[slice | 
 
 def _unreadable(folder: Path, name: str, error: ValueError) -> UserInputError:
     reason = str(error).strip().splitlines()[0][:300]
-    return UserInputError(f"checkpoint {folder}", f"cannot give {name} ({reason})", "convert it again")
+    return UserInputError(
+        f"checkpoint {folder}", f"cannot give {name} ({reason})", "remove that folder and convert it again"
+    )

@@ -60,6 +60,11 @@ def replace_file(path: str | pathlib.Path, content: bytes | memoryview) -> None:
         os.replace(temporary, path)
 
 
+def absence(path: pathlib.Path) -> str:
+    """What to say of a path at which no file is; reading a pipe or a device might never end."""
+    return "is no regular file" if path.exists() else "does not exist"
+
+
 def check_output_dir(path: str | pathlib.Path) -> None:
     """Refuses a directory that could not be written to, and leaves the disk as it was.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from toprovar_jax.config import Precision
 from toprovar_jax.errors import UserInputError, unknown_name
-from toprovar_jax.originals.released import REPOSITORY, Choice
+from toprovar_jax.originals.released import RELEASED, REPOSITORY, Choice
 from toprovar_jax.presets import PRESETS
 
 EMBEDDED = "scenes-small"
@@ -112,11 +112,12 @@ def find_model(
         shelf = models_folder() / name
         folder = _in_folder(shelf, choice, precision, progress, variant=name) if shelf.is_dir() else None
         if folder is None:
+            fetched = f", or fetch them as model {REPOSITORY} with variant {name}" * (name in RELEASED)
             raise UserInputError(
                 f"model {name!r}",
-                f"has no weights on this machine (looked in {shelf})",
-                f"put the original files there, or pass the folder that holds them, or fetch them as model "
-                f"{REPOSITORY} with variant {name}; without --model the embedded {EMBEDDED} is used",
+                f"has no weights on this machine (looked in {shelf})" + ", and was never released" * (not fetched),
+                f"put the original files there, or pass the folder that holds them{fetched}; "
+                f"without --model the embedded {EMBEDDED} is used",
             )
         return folder
     if not exists and isinstance(name_or_dir, str):

@@ -91,6 +91,7 @@ def load_model(
     """
     card = ModelCard.read(folder / CARD, PRESETS).with_precision(precision).with_attention(*attention)
     _check_attention(card.transformer)
+    _check_networks(folder)
     tokenizer = TextTokenizer.from_file(folder / TOKENIZER)
     calibration = Calibration.read(folder / CALIBRATION) if (folder / CALIBRATION).is_file() else None
     if calibration is not None:
@@ -129,6 +130,18 @@ def load_model(
     # Files under the official names have been checked by now; only then is anything placed.
     networks = InfinityModel(transformer(), image_tokenizer(), text_encoder())
     return LoadedModel(card, networks, tokenizer, calibration, placements[TRANSFORMER].errors)
+
+
+def _check_networks(folder: Path) -> None:
+    """Refuses a folder into which only some of the networks have been converted so far."""
+    names = [Path(file).stem for file in (TRANSFORMER, IMAGE_TOKENIZER, TEXT_ENCODER)]
+    lacking = [name for name in names if not (folder / name).is_dir() and not (folder / f"{name}.safetensors").exists()]
+    if lacking and any((folder / name).is_dir() for name in names):
+        raise UserInputError(
+            f"model folder {folder}",
+            f"lacks {' and '.join(lacking)}",
+            f"add to it with python -m convert SOURCE... --out {folder}",
+        )
 
 
 def _check_calibration(calibration: Calibration, card: ModelCard) -> None:

@@ -14,6 +14,7 @@ from convert.pth.archive import Entry, entries_of
 from convert.pth.refusal import RESAVE, WEIGHTS_ONLY, RefusalError, shown
 from convert.pth.tensors import PthTensor, Storage, typed_storage
 from toprovar_jax.errors import UserInputError
+from toprovar_jax.files import absence
 
 _FROM_TORCHSCRIPT = "re-save its weights where torch is installed: torch.save(torch.jit.load(old).state_dict(), new)"
 _LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")
@@ -55,7 +56,7 @@ def open_pth(path: Path | str) -> PthFile:
     if path.is_dir():
         raise UserInputError(f"folder {path}", "must be a .pth file", "name the file inside it")
     if not path.is_file():
-        raise UserInputError(f"file {path}", "does not exist", "check the path")
+        raise UserInputError(f"file {path}", absence(path), "check the path")
     try:
         with path.open("rb") as file:
             if not path.stat().st_size:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import zipfile
 
 import numpy as np
@@ -82,6 +83,52 @@ def test_prefixes_of_training_wrappers_are_taken_off(tmp_path):
     assert_whole(open_source([path]))
     path = write(tmp_path / "n.safetensors", module__a=A, b=B)
     assert open_source([path]).tensors.keys() == {"module.a", "b"}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("_orig_mod.module.a", "_orig_mod.module.b"),
+        ("module.module.a", "module.module.b"),
+        ("module._orig_mod.module._fsdp_wrapped_module.a", "module._orig_mod.module.b"),
+        ("a", "_checkpoint_wrapped_module.b"),
+    ],
+)
+def test_wrappers_within_wrappers_are_taken_off(tmp_path, names):
+    tensors = dict(zip(names, (A, B), strict=True))
+    assert_whole(open_source([write(tmp_path / "m.safetensors", **tensors)]))
+    index(tmp_path, **dict.fromkeys(names, "m.safetensors"))
+    assert_whole(open_source([tmp_path / "model.safetensors.index.json"]))
+
+
+def test_wrappers_are_taken_out_of_the_middle_of_names_and_modules_of_the_network_stay(tmp_path):
+    name = "blocks.0._fsdp_wrapped_module.module._checkpoint_wrapped_module.1._orig_mod.weight"
+    path = write(tmp_path / "m.safetensors", **{name: A, "b": B})
+    assert open_source([path]).tensors.keys() == {"blocks.0.module.1.weight", "b"}
+
+
+def test_a_tensor_with_and_without_its_wrapper_is_refused(tmp_path):
+    path = write(tmp_path / "m.safetensors", **{"x._orig_mod.a": A, "x.a": A})
+    assert "has 'x.a' twice, once with and once without" in refusal(path)
+
+
+def test_a_source_that_is_given_twice_is_said_to_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for again in (pathlib.Path("m.pth"), tmp_path / "m.pth"):
+        with pytest.raises(UserInputError, match=r"m\.pth: is given twice"):
+            group_sources([pathlib.Path("m.pth"), again])
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.pth", "pipe.safetensors"])
+def test_a_pipe_is_no_regular_file(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    assert "is no regular file" in refusal(tmp_path / name)
+
+
+def test_an_index_may_start_with_a_byte_order_mark(sharded):
+    path = sharded / "model.safetensors.index.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert_whole(open_source([path]))
 
 
 def test_several_files_in_a_folder_have_to_be_told_apart(tmp_path):
@@ -229,6 +276,7 @@ def test_averaged_weights_are_taken_where_asked_for(pth):
 
 def test_files_that_hold_no_tensors_say_what_they_hold(pth):
     assert "holds no tensors but 'epoch', 'optimizer'" in refusal(pth({"epoch": 3, "optimizer": {"lr": 1}}))
+    assert "m.pth: holds no tensors; name another file" in refusal(pth({}))
     assert "holds a int, not tensors by name" in refusal(pth(3))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from PIL import Image
 
 from toprovar_jax import InfinityPipeline
 from toprovar_jax.cli.main import main as toprovar
+from toprovar_jax.evaluation_suites import SUITES
 
 from .conftest import SIDE, colour
 from .suite_files import SCAN, TEXTS, write_geneval
@@ -42,6 +45,20 @@ def test_rewritten_prompts_are_drawn_and_the_scorer_sees_the_original_ones(expor
     assert seen[TEXTS[1]][0].getpixel((0, 0))[0] == colour(REWRITTEN[TEXTS[1]], 0)[0]
     assert len(json.loads(ran.files["export.json"])["made"]["rewritten_sha256"]) == 64
     assert "holds pictures of rewritten_sha256" in export("geneval").stderr
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_scorer_is_called_with_the_folder_whatever_its_name(export, tmp_path, suite):
+    """The words are those that a shell reads; what python is told to run holds no path."""
+    ran = export(suite, "--json", out='it\'s a "$HOME" {out}')
+    words = shlex.split(json.loads(ran.stdout)["scorer"])
+    naming = [word for word in words if "HOME" in word]
+    assert naming
+    assert all(word == str(ran.out) or word.startswith(f"{ran.out}/") for word in naming)
+    for flag, code in itertools.pairwise(words):
+        if flag == "-c":
+            compile(code, "scorer", "exec")
+            assert "sys.argv[1]" in code
 
 
 @pytest.mark.parametrize(

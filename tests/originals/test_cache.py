@@ -41,9 +41,12 @@ def quick(monkeypatch):
     """Conversion without the weights, which are not looked at here; returns the plans that were carried out."""
     carried_out = []
 
-    def convert(plan, out, **_):
-        with target.building(out, plan.kinds, force=False) as (place, _record):
-            (place / "model.json").write_text(json.dumps({"dtype": plan.dtype}))
+    def convert(plan, out, *, force, **_):
+        with target.building(out, plan.kinds, force=force) as (place, _record):
+            for kind in plan.kinds:
+                (place / kind).mkdir()
+            record = {"models": plan.models, "parts": dict.fromkeys(plan.kinds)}
+            (place / "model.json").write_text(json.dumps({"dtype": plan.dtype, target.RECORD: record}))
         carried_out.append(plan)
 
     monkeypatch.setattr(cache, "convert", convert)
@@ -111,6 +114,35 @@ def test_a_changed_file_is_converted_again(folder_of):
     assert second != first
     os.utime(folder / T5 / "tokenizer.json", (1, 1))
     assert find_model(folder) not in (first, second)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "image_tokenizer", "text_encoder"])
+def test_a_conversion_that_has_lost_a_network_is_made_again(folder_of, quick, kind):
+    folder = folder_of(*FILES_2B)
+    first = find_model(folder)
+    (first / kind).rmdir()
+    assert find_model(folder) == first
+    assert (first / kind).is_dir()
+    assert len(quick) == 2
+
+
+def test_damaged_numbers_are_told_with_the_folder_to_remove(folder_of):
+    kept = find_model(folder_of(*FILES_2B), precision="fast")
+    for path in (kept / "transformer").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(UserInputError, match="remove that folder and convert it again") as refused:
+        InfinityPipeline.from_pretrained(kept, precision="fast")
+    assert f"checkpoint {kept / 'transformer'}" in str(refused.value)
+
+
+def test_a_bad_tokenizer_is_told_before_anything_is_converted(folder_of, quick):
+    folder = folder_of(*FILES_2B)
+    (folder / T5 / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserInputError, match="must hold a tokenizer in JSON form") as refused:
+        find_model(folder)
+    assert str(folder / T5 / "tokenizer.json") in str(refused.value)
+    assert quick == []
 
 
 @pytest.mark.usefixtures("quick")

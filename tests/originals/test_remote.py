@@ -85,7 +85,8 @@ def hub(machine, released, monkeypatch) -> Hub:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
 
     def convert(plan, out, **_):
-        out.mkdir(parents=True)
+        for kind in plan.kinds:
+            (out / kind).mkdir(parents=True)
         (out / "model.json").write_text(" ".join(str(f.name) for n in plan.networks for f in n.source.files))
 
     monkeypatch.setattr(cache, "convert", convert)
@@ -111,7 +112,7 @@ T5_FILES = [
 
 
 def test_only_the_files_of_the_variant_are_fetched(hub):
-    assert find_model(REPOSITORY, variant="infinity-2b").name.startswith("infinity-2b-")
+    assert find_model(REPOSITORY, variant="Infinity_2B").name.startswith("infinity-2b-")
     assert hub.fetched == [
         f"{REPOSITORY}/infinity_2b_reg.pth",
         f"{REPOSITORY}/infinity_vae_d32reg.pth",

@@ -46,6 +46,8 @@ def test_what_is_read_is_named_down_to_the_tokenizer(folder_of):
     [
         ("infinity-2b", "infinity-2b", "infinity_2b_reg.pth", "infinity_vae_d32reg.pth"),
         ("infinity_2b_reg", "infinity-2b", "infinity_2b_reg.pth", "infinity_vae_d32reg.pth"),
+        ("Infinity-2B", "infinity-2b", "infinity_2b_reg.pth", "infinity_vae_d32reg.pth"),
+        ("infinity_2b", "infinity-2b", "infinity_2b_reg.pth", "infinity_vae_d32reg.pth"),
         ("infinity-8b", "infinity-8b", "infinity_8b_weights", "infinity_vae_d56_f8_14_patchify.pth"),
         ("infinity-8b-512", "infinity-8b-512", "infinity_8b_512x512_weights", "infinity_vae_d56_f8_14_patchify.pth"),
         (

@@ -88,6 +88,8 @@ def check_options(options: ConvertOptions) -> None:
     """
     if not options.sources:
         raise UserInputError("no source", "files to convert are needed", "name one or more")
+    if not all(source.strip() for source in options.sources):
+        raise UserInputError("source ''", "must be a path", "name a file or folder")
     if options.out is None or not options.out.strip():
         raise UserInputError("no folder", "the result needs one", "name it with --out DIR")
     if options.dtype not in ("bfloat16", "float32"):

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import json
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -205,7 +206,8 @@ def _make(
 
 def _conclude(task: Task, made: int, voice: _Voice, options: ExportEvalOptions) -> None:
     height, images = task.resolved.size[0], task.request.images
-    scorer = task.request.suite.scorer.format(out=task.request.out.absolute(), side=height, images=images)
+    out = shlex.quote(str(task.request.out.absolute()))
+    scorer = task.request.suite.scorer.format(out=out, side=height, images=images)
     voice.left_out()
     if options.json:
         told = {"folder": str(task.folder), "files": len(task.files), "made": made, "scorer": scorer}

@@ -67,10 +67,7 @@ def positive(flag: str, text: str) -> int:
     Raises:
       UserInputError: not a positive integer.
     """
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
+    number = int(text) if text.isascii() and text.isdigit() else 0
     if number < 1:
         raise UserInputError(f"{flag} {text!r}", "must be an integer >= 1", "for example 4")
     return number

@@ -47,6 +47,6 @@ HPSV2 = Suite(
     file_name=lambda prompt, _image: prompt.name,
     suffix=".jpg",
     legal_images=(1,),
-    scorer="python -c \"import hpsv2; hpsv2.evaluate('{out}/images', hps_version='v2.1')\"",
+    scorer="python -c \"import hpsv2, sys; hpsv2.evaluate(sys.argv[1], hps_version='v2.1')\" {out}/images",
 )
 """The scorer takes every entry of the folder for a style, and opens ``STYLE/DIGITS.jpg`` for the prompts it has."""

@@ -30,6 +30,7 @@ MJHQ = Suite(
     images_per_prompt=1,
     file_name=lambda prompt, _image: prompt.name,
     legal_images=(1,),
-    scorer="python -c \"from cleanfid import fid; print(fid.compute_fid('mjhq30k_imgs', '{out}/images'))\"",
+    scorer="python -c \"import sys; from cleanfid import fid; print(fid.compute_fid('mjhq30k_imgs', sys.argv[1]))\" "
+    "{out}/images",
 )
 """FID takes every picture below a folder, that of a category or that of all."""

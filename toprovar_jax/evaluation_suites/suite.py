@@ -71,8 +71,8 @@ class Suite:
       tiled: whether four pictures of one prompt are one file, a sheet of 2 x 2 without gaps.
       square: whether the scorer takes pictures to be square.
       companions: text files that the scorer reads as well, by path below the export's folder.
-      scorer: how the pictures are scored, with ``{out}`` for the export's folder, ``{side}`` for a picture's side and
-        ``{images}`` for the number of pictures per prompt.
+      scorer: how the pictures are scored, as a line for a shell, with ``{out}`` for the export's folder, which comes
+        quoted, ``{side}`` for a picture's side and ``{images}`` for the number of pictures per prompt.
     """
 
     name: str

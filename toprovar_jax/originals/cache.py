@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from convert.conversion import Plan, convert, make_plan
+from convert.recognise import KINDS
 from convert.sources import SUFFIXES
 from convert.target import CARD, TargetBusyError, leftover_bytes
 from toprovar_jax.errors import UserInputError
@@ -37,7 +38,7 @@ def converted_folder(
     find_text_encoder: Callable[[], Path | None],
     progress: bool = True,
 ) -> Path:
-    """The model folder of original files, which are converted if that has not been done yet.
+    """The model folder of original files, which are converted if that has not been done yet or lacks a network.
 
     Args:
       folder: where they are.
@@ -52,11 +53,11 @@ def converted_folder(
     """
     remembered = shelf / ".chosen" / _digest(_request(folder, choice, dtype))
     name = _text(remembered)
-    if name and (shelf / name / CARD).is_file():
+    if name and _is_whole(shelf / name):
         return shelf / name
     selected = select(folder, choice, PRESETS, find_text_encoder)
     target = shelf / _name(selected, dtype)
-    if not (target / CARD).is_file():
+    if not _is_whole(target):
         _check_place(shelf)
         plan = make_plan(selected.sources, PRESETS, model=selected.model, dtype=dtype)
         _convert(plan, selected.model, target, progress=progress)
@@ -72,23 +73,29 @@ def _convert(plan: Plan, model: str, target: Path, *, progress: bool) -> None:
             print(text, file=sys.stderr, flush=True)
 
     waiting = False
-    while not (target / CARD).is_file():
+    while not _is_whole(target):
         _check_space(plan.nbytes, target)
         if not waiting:
             say(f"converting {model} (once): {plan.nbytes / 1e9:.2f} GB into {target}")
         hidden = None if progress else True  # None: where stderr is no terminal
         with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc=model, delay=2, disable=hidden) as bar:
             try:
-                convert(plan, target, progress=lambda stage, nbytes: _advance(bar, nbytes))
+                damaged = (target / CARD).is_file()
+                convert(plan, target, force=damaged, progress=lambda stage, nbytes: _advance(bar, nbytes))
             except TargetBusyError:
                 if not waiting:
                     say("another process is converting it; waiting")
                 waiting = True
             except UserInputError:
-                if not (target / CARD).is_file():  # else another process was faster between two of our steps
+                if not _is_whole(target):  # else another process was faster between two of our steps
                     raise
         if waiting:
             time.sleep(_WAIT_SECONDS)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a conversion is there with all networks, none of which was removed since."""
+    return (folder / CARD).is_file() and all((folder / kind.name).is_dir() for kind in KINDS)
 
 
 def _advance(bar: Any, nbytes: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 
 
@@ -56,8 +56,13 @@ def released_model(name: str) -> str | None:
 
 
 def same_name(name: str, other: str) -> bool:
-    """Whether two files have one name but for ending, case and underscores, which published scripts spell variously."""
+    """Whether names are one but for ending, case, underscores and hyphens, which published scripts spell variously."""
     return _plain(name) == _plain(other)
+
+
+def preset_spelled(name: str, presets: Iterable[str]) -> str:
+    """The one of ``presets`` that ``name`` is in another spelling; else ``name`` as it is."""
+    return next((preset for preset in presets if same_name(name, preset)), name)
 
 
 def variants() -> str:
@@ -66,4 +71,4 @@ def variants() -> str:
 
 
 def _plain(name: str) -> str:
-    return PurePath(name).stem.replace("_", "").lower()
+    return PurePath(name).stem.replace("_", "").replace("-", "").lower()

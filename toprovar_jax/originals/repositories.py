@@ -11,6 +11,7 @@ from toprovar_jax.originals.released import (
     REPOSITORY,
     TEXT_ENCODER_REPOSITORY,
     Choice,
+    preset_spelled,
     released_model,
     same_name,
     variants,
@@ -108,6 +109,8 @@ def _transformer(repository: str, variant: str | None, listing: list[str]) -> tu
         listed = variants() if repository == REPOSITORY else ", ".join(entries)
         rule = f"holds several models: {listed}" if entries else "holds no weights"
         raise UserInputError(f"hub repository {repository}", rule, "choose one with --variant or variant=")
+    if not any(variant in (entry, PurePosixPath(entry).stem) for entry in entries):
+        variant = preset_spelled(variant, RELEASED)
     for entry in entries:
         if released_model(entry) == variant or variant in (entry, PurePosixPath(entry).stem):
             return entry, released_model(entry)

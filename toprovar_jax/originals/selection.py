@@ -15,10 +15,12 @@ from toprovar_jax.originals.released import (
     REPOSITORY,
     TEXT_ENCODER_REPOSITORY,
     Choice,
+    preset_spelled,
     released_model,
     same_name,
     variants,
 )
+from toprovar_jax.text_encoder import TextTokenizer
 
 TOKENIZER = "tokenizer.json"
 _CHOOSE_VARIANT = "choose one with --variant or variant="
@@ -151,6 +153,7 @@ def _transformer(here: _Folder, variant: str | None, cards: Mapping[str, ModelCa
     for candidate, fits in models.items():
         if candidate.is_called(variant):
             return candidate, fits[0]
+    variant = preset_spelled(variant, cards)
     _raise_failure(here, lambda name: same_name(name, variant) or released_model(name) == variant)
     fitting = [candidate for candidate, fits in models.items() if variant in fits]
     named = [candidate for candidate in fitting if released_model(candidate.name) == variant]
@@ -259,6 +262,7 @@ def _tokenizer(text_encoder: Recognised) -> Path:
         instead = " (spiece.model is no substitute)" * (folder / "spiece.model").is_file()
         remedy = f"fetch {TOKENIZER} of {TEXT_ENCODER_REPOSITORY} into it"
         raise UserInputError(f"text encoder folder {folder}", f"lacks {TOKENIZER}{instead}", remedy)
+    TextTokenizer.from_file(folder / TOKENIZER)  # a bad one is told of before minutes of conversion, not after
     return folder / TOKENIZER
 
 
