@@ -1,6 +1,7 @@
 """The reference weights in every form that weights are published in are the same networks."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
@@ -107,6 +108,7 @@ def card_of(section, options):
     )
 
 
+@functools.cache
 def original(case, stem, section):
     """The tensors of a case's file, the options of its network, and the network as its outputs are tested."""
     path = GOLDEN / case / f"{stem}.safetensors"
