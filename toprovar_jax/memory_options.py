@@ -20,9 +20,9 @@ class MemoryOptions:
         encodes; ``"host"``: computed by the CPU. With the last two, the transformer's parameters that texts alone need
         come to the device for each text as well (0.8 GB of Infinity-2B).
       stream_blocks: keep the matrices of the transformer's blocks in host memory and bring them to the device layer by
-        layer, at every scale. The picture is the same; what it costs is their bytes times the scales that compute them:
-        for Infinity-2B, with 13 scales, 49 GB per picture or batch in bfloat16 and half of that with int8, against
-        which only as much computing hides as there is. On a CPU, whose memory is the host's, nothing is saved.
+        layer, at every scale. The picture is the same; what it costs per call is their bytes times the scales that
+        compute them, half of that with int8, against which only as much computing hides as there is. On a CPU, whose
+        memory is the host's, nothing is saved.
       quantization: ``"int8"``: these matrices as 8-bit integers with a scale per output channel, multiplied out in the
         product, which changes pictures a little; None: as they are.
       decoder_strips: into how many horizontal strips the decoder's convolutions are cut; 1: not at all. The picture is

@@ -5,28 +5,26 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from toprovar_jax.acceleration import (
     POLICIES,
     AccelerationPolicy,
     AdaptivePolicy,
     GenerationPlan,
-    ScaleStatistics,
     ToProVAR,
     policy_named,
 )
+from toprovar_jax.assembling import OutputType, assemble, in_order
 from toprovar_jax.config import Precision
 from toprovar_jax.drivers import Drawn, Drivers, OnScaleEnd, TokenArrays
 from toprovar_jax.errors import UserInputError, unknown_name
 from toprovar_jax.generation import make_plan
 from toprovar_jax.hub import find_model
-from toprovar_jax.images import to_uint8
 from toprovar_jax.loading import LoadedModel, load_model
 from toprovar_jax.memory import Driver, MemoryReport, attention_of, check_fits, device_limit, predict
 from toprovar_jax.memory_options import ON_DEVICE, MemoryOptions
@@ -48,8 +46,6 @@ from toprovar_jax.settings import check_setting
 from toprovar_jax.shapes import Array, Key
 from toprovar_jax.text_encoder import TokenBatch
 from toprovar_jax.timings import Timings
-
-OutputType = Literal["pil", "np", "jax"]
 
 
 class InfinityPipeline:
@@ -288,8 +284,8 @@ class InfinityPipeline:
         before = dict(self.drivers.seconds)
         with _Progress(request, progress) as bar:
             drawn = self._draw(request, _both(callback_on_scale_end, bar.on_scale_end if progress else None))
-        images, bits, statistics = _assemble(drawn, output_type)
-        plans = tuple(part.plan for part in _in_order(drawn))
+        images, bits, statistics = assemble(drawn, output_type)
+        plans = tuple(part.plan for part in in_order(drawn))
         spent = {name: seconds - before[name] for name, seconds in self.drivers.seconds.items()}
         timings = Timings(load=self._load_seconds, total=time.perf_counter() - start, **spent)
         return PipelineOutput(
@@ -415,58 +411,6 @@ def _on_device(sampling: Sampling, num_scales: int) -> ScaleSampling:
 
 def _keys(seeds: Sequence[int]) -> Key[Array, " B"]:
     return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
-
-
-class _Picture(NamedTuple):
-    """One image of a batch's result."""
-
-    image: Any
-    bits: tuple[np.ndarray, ...]
-    statistics: tuple[ScaleStatistics, ...]
-    plan: GenerationPlan
-
-
-def _in_order(drawn: Sequence[Drawn]) -> list[_Picture]:
-    """The images of all parts, in the order in which they were asked for."""
-    pictures: dict[int, _Picture] = {}
-    for part in drawn:
-        for row, index in enumerate(part.indices):
-            measured = tuple(statistics.image(row) for statistics in part.statistics)
-            bits = tuple(np.asarray(scale[row]) for scale in part.bits)
-            pictures[index] = _Picture(part.images[row], bits, measured, part.plan)
-    return [pictures[index] for index in sorted(pictures)]
-
-
-def _assemble(
-    drawn: Sequence[Drawn], output_type: OutputType
-) -> tuple[Any, tuple[np.ndarray, ...], tuple[ScaleStatistics, ...]]:
-    """Pictures in the form that was asked for, and bits and statistics per scale.
-
-    Pictures that did not run a scale have no bits there, and nothing measured: the arrays end with the last scale that
-    all pictures ran.
-    """
-    pictures = _in_order(drawn)
-    scales = min(len(picture.bits) for picture in pictures)
-    bits = tuple(np.stack([picture.bits[scale] for picture in pictures]) for scale in range(scales))
-    statistics = tuple(
-        ScaleStatistics(*_stacked(zip(*(picture.statistics[scale] for picture in pictures), strict=True)))
-        for scale in range(scales)
-    )
-    if output_type == "jax" and len(drawn) == 1:
-        return drawn[0].images, bits, statistics
-    images = np.stack([np.asarray(picture.image) for picture in pictures])
-    if output_type == "jax":
-        return jax.device_put(images), bits, statistics
-    if output_type == "np":
-        return images, bits, statistics
-    return [Image.fromarray(picture) for picture in to_uint8(images)], bits, statistics
-
-
-def _stacked(fields: Iterable[tuple[np.ndarray, ...]]) -> Iterator[np.ndarray]:
-    """Per field all pictures' values; nothing where some have none, as pictures that go different ways may."""
-    for values in fields:
-        alike = len({np.shape(value) for value in values}) == 1
-        yield np.stack(values) if alike else np.zeros((len(values), 0), np.asarray(values[0]).dtype)
 
 
 def _naming(on_scale_end: OnScaleEnd | None, images: Sequence[int]) -> OnScaleEnd | None:

@@ -1,6 +1,8 @@
 """Tiny models of every kind with random parameters, and the calls that write and read them."""
 
 import dataclasses
+import importlib
+import pathlib
 import types
 from collections.abc import Callable
 
@@ -84,6 +86,14 @@ KINDS = {
     ),
     "t5": Kind(T5, T5Encoder, t5_table, lambda *_: t5_table.canonical_name),
 }
+
+
+@pytest.fixture(scope="module")
+def files():
+    """The module that writes checkpoint files byte by byte, as torch does, without it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(pathlib.Path(__file__).parents[2] / "benchmarks"))
+        yield importlib.import_module("checkpoint_files")
 
 
 @pytest.fixture(scope="session", params=KINDS)

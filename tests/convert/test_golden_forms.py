@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import json
 import pathlib
 import re
@@ -42,14 +41,6 @@ FORMS = ("safetensors", "pth", "wrapped pth", "shards", "bin shards")
 WRAPS = {"model": ("trainer", "gpt_fsdp"), "vae": ("vae",), "t5": ("state_dict",)}
 
 
-@pytest.fixture(scope="module")
-def written():
-    """The module that writes files as torch does, without it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("checkpoint_files")
-
-
 def other_spelling(tensors):
     """The VAE's plain names, and the scales of attention heads in the layout of fused attention."""
 
@@ -62,18 +53,18 @@ def other_spelling(tensors):
     }
 
 
-def write(form, path, tensors, wrap, written):
+def write(form, path, tensors, wrap, files):
     """Writes ``tensors`` in a form, at ``path`` with the suffix of that form, and returns where."""
     if form == "safetensors":
         save_safetensors(path.with_suffix(".safetensors"), tensors, {})
         return path.with_suffix(".safetensors")
     if form in ("pth", "wrapped pth"):
         keys = {name: str(number) for number, name in enumerate(tensors)}
-        value = {name: written.tensor(keys[name], array) for name, array in tensors.items()}
+        value = {name: files.tensor(keys[name], array) for name, array in tensors.items()}
         for key in reversed(wrap if form == "wrapped pth" else ()):
             value = {key: value}
         storages = {keys[name]: array.tobytes() for name, array in tensors.items()}
-        path.with_suffix(".pth").write_bytes(written.pth(value, storages))
+        path.with_suffix(".pth").write_bytes(files.pth(value, storages))
         return path.with_suffix(".pth")
     suffix, stem = (".bin", "pytorch_model") if form == "bin shards" else (".safetensors", "model")
     path.mkdir()
@@ -83,7 +74,7 @@ def write(form, path, tensors, wrap, written):
         if stem == "model":
             save_safetensors(path / shard, part, {})
         else:
-            (path / shard).write_bytes(written.pth_of(part))
+            (path / shard).write_bytes(files.pth_of(part))
     (path / f"{stem}{suffix}.index.json").write_text(json.dumps({"weight_map": placed}))
     return path
 
@@ -119,14 +110,14 @@ def original(case, stem, section):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("case", "stem", "section"), WEIGHTS, ids=[f"{case}-{stem}" for case, stem, _ in WEIGHTS])
-def test_converted_parameters_are_the_same_from_every_form(case, stem, section, form, written, tmp_path):
+def test_converted_parameters_are_the_same_from_every_form(case, stem, section, form, files, tmp_path):
     tensors, options, network = original(case, stem, section)
     flat = nnx.to_flat_state(nnx.state(network))
     wanted = {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in flat}
     for number, dtype in enumerate((FLOAT32, BFLOAT16)):
         cast = {name: array.astype(dtype) if array.dtype == FLOAT32 else array for name, array in tensors.items()}
         spelled = other_spelling(cast) if FORMS.index(form) % 2 != number else cast
-        path = write(form, tmp_path / dtype.name, spelled, WRAPS[section], written)
+        path = write(form, tmp_path / dtype.name, spelled, WRAPS[section], files)
         recognised = recognise(open_source([path]), {"golden": card_of(section, options)})
         arrays = streamed_arrays(recognised, "float32")
         assert arrays.keys() == wanted.keys()
@@ -149,7 +140,7 @@ def test_converted_parameters_are_the_same_from_every_form(case, stem, section, 
         ("f_end_to_end", "pth"),
     ],
 )
-def test_outputs_from_other_forms_equal_the_reference(case, form, written, tmp_path):
+def test_outputs_from_other_forms_equal_the_reference(case, form, files, tmp_path):
     folder = tmp_path / case
     shutil.copytree(GOLDEN / case, folder)
     for other, stem, section in (*WEIGHTS, ("d_t5_encoder", "weights", "t5")):
@@ -157,7 +148,7 @@ def test_outputs_from_other_forms_equal_the_reference(case, form, written, tmp_p
             path = folder / f"{stem}.safetensors"
             tensors = {name: np.array(read()) for name, read in open_safetensors(path).items()}
             path.unlink()
-            write(form, path.with_suffix(""), other_spelling(tensors), WRAPS[section], written)
+            write(form, path.with_suffix(""), other_spelling(tensors), WRAPS[section], files)
     unit = golden_cases.find_units(folder)[0]
     reference = golden_cases.run_unit(unit)
     assert reference.measured

@@ -1,7 +1,6 @@
 """Files of torch.save that should be read: what comes back is what was saved, in place."""
 
 import functools
-import importlib
 import pathlib
 import struct
 
@@ -17,13 +16,6 @@ from toprovar_jax.errors import UserInputError
 HERE = pathlib.Path(__file__).parent
 DATA = HERE / "data"
 WHOLE = np.arange(24, dtype=np.float32).reshape(4, 6)
-
-
-@pytest.fixture(scope="module")
-def files():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE.parents[1] / "benchmarks"))
-        yield importlib.import_module("checkpoint_files")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Files that should be refused: each with one line that names what is wrong, and none with any effect."""
 
-import importlib
 import pathlib
 import pickle
 import struct
@@ -16,13 +15,6 @@ from toprovar_jax.errors import UserInputError
 HERE = pathlib.Path(__file__).parent
 DATA = HERE / "data"
 ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
-
-
-@pytest.fixture(scope="module")
-def files():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE.parents[1] / "benchmarks"))
-        yield importlib.import_module("checkpoint_files")
 
 
 @pytest.fixture
