@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,12 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array | np.ndarray]:
+def restore_arrays(
+    folder: Path,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    columns: Callable[[str], tuple[int, int]] = lambda name: (1, 1),
+) -> dict[str, jax.Array | np.ndarray]:
     """Arrays of one checkpoint, each straight into its sharding; those that are not asked for are not read.
 
     One array is read at a time, and of it each part that a device holds: little host memory is needed beside them.
@@ -70,11 +75,13 @@ def restore_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> 
       folder: an orbax checkpoint of nested dictionaries, stored as zarr arrays in OCDBT.
       wanted: shape, dtype and sharding by dotted path, without a sharding for an array in host memory; what is
         stored is cast.
+      columns: ``(matrices, parts)`` by dotted path, for matrices side by side whose columns are rearranged as by
+        :func:`toprovar_jax.placement.columns_apart`; a part is then read from as many places as there are matrices.
 
     Raises:
       UserInputError: no checkpoint, a damaged one, or arrays that are missing or have another shape.
     """
-    return {name: _restored(folder, name, leaf) for name, leaf in wanted.items()}
+    return {name: _restored(folder, name, leaf, columns(name)) for name, leaf in wanted.items()}
 
 
 def restore_layers(folder: Path, name: str, wanted: jax.ShapeDtypeStruct) -> Iterator[np.ndarray]:
@@ -90,19 +97,35 @@ def restore_layers(folder: Path, name: str, wanted: jax.ShapeDtypeStruct) -> Ite
         yield _read(folder, name, stored, (layer,)).astype(wanted.dtype, copy=False)
 
 
-def _restored(folder: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array | np.ndarray:
+def _restored(folder: Path, name: str, leaf: jax.ShapeDtypeStruct, columns: tuple[int, int]) -> jax.Array | np.ndarray:
     stored = _opened(folder, name, leaf)
     parts: dict[str, np.ndarray] = {}
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         key = repr(index)  # devices that hold the same part share it
         if key not in parts:
-            parts[key] = _read(folder, name, stored, index or ()).astype(leaf.dtype, copy=False)
+            places = [index or ()] if columns == (1, 1) else _places(index or (), leaf.shape, columns)
+            found = [_read(folder, name, stored, place) for place in places]
+            joined = found[0] if len(found) == 1 else np.concatenate(found, axis=-1)
+            parts[key] = joined.astype(leaf.dtype, copy=False)
         return parts[key]
 
     if leaf.sharding is None:
         return part(None)
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+
+def _places(index: tuple[slice, ...], shape: tuple[int, ...], columns: tuple[int, int]) -> list[tuple[slice, ...]]:
+    """Where in an array with matrices side by side a part of its rearranged columns comes from."""
+    matrices, parts = columns
+    start, stop, _ = index[-1].indices(shape[-1])
+    width = shape[-1] // parts
+    if (start % width, stop - start) != (0, width):
+        raise ValueError(f"columns {start} to {stop} are not one of {parts} parts")
+    share = width // matrices
+    first = start // matrices
+    whole = shape[-1] // matrices
+    return [(*index[:-1], slice(first + m * whole, first + m * whole + share)) for m in range(matrices)]
 
 
 def _opened(folder: Path, name: str, leaf: jax.ShapeDtypeStruct) -> ts.TensorStore:

@@ -32,6 +32,8 @@ class InfinityConfig:
       precision: see :data:`Precision`.
       attention: implementations of :func:`pallas_kernels.attention` for the blocks, the first that can run is taken;
         None chooses by device.
+      tensor_parts: over how many devices of a mesh's axis ``tensor`` self-attention's heads and the feed-forward's
+        hidden channels are spread; more than one needs parameters placed so, and runs inside ``shard_map``.
     """
 
     num_layers: int
@@ -48,10 +50,13 @@ class InfinityConfig:
     level_embedding: Literal["first_block", "every_chunk"] = "first_block"
     precision: Precision = "exact"
     attention: tuple[str, ...] | None = None
+    tensor_parts: int = 1
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_layers", "width", "num_heads", "text_width", "text_length", "latent_channels")
-        _require_positive(self, "block_chunks")
+        _require_positive(self, "block_chunks", "tensor_parts")
+        parts = self.tensor_parts
+        _require(self.num_heads % parts == 0, "tensor_parts", parts, f"a divisor of num_heads={self.num_heads}")
         _require(self.width % self.num_heads == 0, "width", self.width, f"a multiple of num_heads={self.num_heads}")
         _require(self.head_dim % 4 == 0, "head dimension", self.head_dim, "a multiple of 4 (two rotary axes)")
         _require(

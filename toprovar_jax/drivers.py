@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -20,18 +21,19 @@ from toprovar_jax.generation import (
     State,
     Text,
     condition_on,
-    encode_text,
     features_of,
     initial_state,
     run_scales,
     scale_step,
 )
+from toprovar_jax.image_tokenizer import ImageTokenizer
 from toprovar_jax.memory_options import ON_DEVICE, MemoryOptions
 from toprovar_jax.model import Infinity
 from toprovar_jax.model.text_conditioning import TextCondition
 from toprovar_jax.regroup import partition, take_images
 from toprovar_jax.sampling import ScaleSampling
 from toprovar_jax.shapes import Array, Float, Key, UInt8
+from toprovar_jax.text_encoder import T5Encoder
 from toprovar_jax.text_placement import borrowed, described_borrowed, home, host_device
 
 OnScaleEnd = Callable[[int, int, dict[str, Any]], object]
@@ -76,6 +78,20 @@ class Drawn(NamedTuple):
     plan: GenerationPlan
     indices: tuple[int, ...]
 
+    def of(self, numbers: Sequence[int]) -> Drawn:
+        """The same under other numbers: image i becomes ``numbers[i]``; those beyond are left out."""
+        rows = [row for row, index in enumerate(self.indices) if index < len(numbers)]
+        named = tuple(numbers[self.indices[row]] for row in rows)
+        if len(rows) == len(self.indices):
+            return self._replace(indices=named)
+
+        def take(array: AnyArray) -> np.ndarray:
+            return np.asarray(array)[rows]
+
+        statistics = tuple(ScaleStatistics(*map(take, measured)) for measured in self.statistics)
+        bits = tuple(map(take, self.bits))
+        return Drawn(take(self.images), bits, take(self.certainty), statistics, self.plan, named)
+
 
 class _Sampled(NamedTuple):
     """Images whose scales are done, without what only further scales would need."""
@@ -83,16 +99,21 @@ class _Sampled(NamedTuple):
     latents: Float[Array, "B h w C"]
     plan: GenerationPlan
     indices: tuple[int, ...]
+    rows: tuple[int, ...]
     bits: tuple[np.ndarray, ...]
     certainty: tuple[np.ndarray, ...]
     statistics: tuple[ScaleStatistics, ...]
 
 
 class _Party(NamedTuple):
-    """Images that have gone by the same plan so far; rows beyond ``indices`` are padding."""
+    """Images that have gone by the same plan so far.
+
+    ``rows`` says where on the device each of ``indices`` is; the other rows there count for nothing.
+    """
 
     plan: GenerationPlan
     indices: tuple[int, ...]
+    rows: tuple[int, ...]
     condition: TextCondition
     state: State
     keys: Key[Array, " B"]
@@ -188,7 +209,8 @@ class Drivers:
         batch = keys.shape[0]
         transformer = self.model.transformer
         conditions = {batch: self._compile_condition(tokens, plan)}
-        empty = self._compiled("state", initial_state, (transformer,), step=plan.step(0), batch=batch)[1]
+        own = batch // self.batch_parts
+        empty = self._compiled("state", initial_state, (transformer,), step=plan.step(0), batch=own)[1]
         states = {(batch, 0): empty}
         for scale in range(plan.num_run):
             self._compile_scale(plan, scale, states, conditions, keys, sampling)
@@ -202,7 +224,9 @@ class Drivers:
         latents = (*plan.schedule.latent_grids[-1], transformer.config.latent_channels)
         for size in conditions:
             shape = jax.ShapeDtypeStruct((size, *latents), np.float32)
-            self._compiled("decode", _decode, (self.model.image_tokenizer, shape), strips=self.memory.decoder_strips)
+            self._compiled(
+                "decode", self._pictures, (self.model.image_tokenizer, shape), strips=self.memory.decoder_strips
+            )
 
     def _compile_scale(self, plan, scale, states, conditions, keys, sampling) -> None:
         for size in [size for size, reached in states if reached == scale]:
@@ -216,7 +240,7 @@ class Drivers:
             _, result = self._compiled("scale", scale_step, arguments, donate=(2,), step=plan.step(scale))
             states[size, scale + 1] = result[0]
             if plan.step(scale).previews:
-                self._compiled("frequency", frequency_features, (self.model.image_tokenizer, result[-1].coarse))
+                self._compiled("frequency", self._frequencies, (self.model.image_tokenizer, result[-1].coarse))
 
     def _compile_parting(self, plan, scale, states, conditions, keys) -> None:
         batch = max(conditions)
@@ -243,10 +267,7 @@ class Drivers:
         return [self._subset(party, plan, rows, batch) for plan, rows in parts]
 
     def _subset(self, party: _Party, plan: GenerationPlan, rows: Sequence[int], batch: int) -> _Party:
-        size = next(size for size in padded_sizes(batch) if size >= len(rows))
-        padded = np.asarray([*rows, *[rows[-1]] * (size - len(rows))], np.int32)
-        whole = (party.condition, party.state, party.keys)
-        condition, state, keys = self._run("transformer", "part", take_images, (whole, padded))
+        places, (condition, state, keys) = self._taken(party, rows, batch)
 
         def take(array):
             return array[list(rows)]
@@ -254,6 +275,7 @@ class Drivers:
         return _Party(
             plan,
             tuple(party.indices[row] for row in rows),
+            places,
             condition,
             state,
             keys,
@@ -262,6 +284,13 @@ class Drivers:
             tuple(ScaleStatistics(*map(take, measured)) for measured in party.statistics),
         )
 
+    def _taken(self, party: _Party, rows: Sequence[int], batch: int) -> tuple[tuple[int, ...], tuple]:
+        """Some of a party's images on the device: in which rows they are, and condition, state and keys."""
+        size = next(size for size in padded_sizes(batch) if size >= len(rows))
+        padded = np.asarray([*rows, *[rows[-1]] * (size - len(rows))], np.int32)
+        whole = (party.condition, party.state, party.keys)
+        return tuple(range(len(rows))), self._run("transformer", "part", take_images, (whole, padded))
+
     def _next(self, party: _Party, scale: int, sampling: ScaleSampling, on_scale_end: OnScaleEnd | None) -> _Party:
         """The party after its next scale."""
         start, compiled_before = time.perf_counter(), self.seconds["compile"]
@@ -269,18 +298,18 @@ class Drivers:
         state, *results = self._run(
             "transformer", "scale", scale_step, arguments, donate=(2,), step=party.plan.step(scale)
         )
-        count = len(party.indices)
-        bits, sure, measured = jax.tree.map(lambda x: np.asarray(x)[:count], tuple(results))
+        rows = list(party.rows)
+        bits, sure, measured = jax.tree.map(lambda x: x[rows], self._fetched(tuple(results)))
         if party.plan.step(scale).previews:
             arguments = (self.model.image_tokenizer, results[-1].coarse)
-            features = np.asarray(self._run("decoder", "frequency", frequency_features, arguments))
-            measured = measured._replace(frequency=features[:count], coarse=measured.coarse[:, :0])
+            features = self._fetched(self._run("decoder", "frequency", self._frequencies, arguments))
+            measured = measured._replace(frequency=features[rows], coarse=measured.coarse[:, :0])
         if on_scale_end is not None:
             seconds = time.perf_counter() - start - (self.seconds["compile"] - compiled_before)
             info = {
                 "grid": party.plan.scales[scale].grid,
                 "seconds": seconds,
-                "latents": np.asarray(state.latents)[:count],
+                "latents": self._fetched(state.latents)[rows],
                 "images": party.indices,
             }
             on_scale_end(scale, party.plan.num_run, info)
@@ -296,17 +325,18 @@ class Drivers:
 
     def _finish(self, sampled: _Sampled) -> Drawn:
         images = self._decode(sampled.latents)
-        if images.shape[0] > len(sampled.indices):
-            images = np.asarray(images)[: len(sampled.indices)]
+        if images.shape[0] > len(sampled.rows):
+            images = self._fetched(images)[list(sampled.rows)]
         certainty = np.stack(sampled.certainty, axis=1)
         return Drawn(images, sampled.bits, certainty, sampled.statistics, sampled.plan, sampled.indices)
 
     def _start(self, tokens: TokenArrays, keys: Key[Array, " B"], plan: GenerationPlan) -> _Party:
         batch = keys.shape[0]
         condition = self._condition(tokens, plan)
-        first = plan.step(0)
-        state = self._run("transformer", "state", initial_state, (self.model.transformer,), step=first, batch=batch)
-        return _Party(plan, tuple(range(batch)), condition, state, keys, (), (), ())
+        first, own = plan.step(0), batch // self.batch_parts
+        state = self._run("transformer", "state", initial_state, (self.model.transformer,), step=first, batch=own)
+        everything = tuple(range(batch))
+        return _Party(plan, everything, everything, condition, state, keys, (), (), ())
 
     @property
     def _encodes_apart(self) -> bool:
@@ -327,9 +357,9 @@ class Drivers:
         encoder = self.model.text_encoder
         if self.memory.text_encoder == "host" or encoder is None:
             # As arrays of the host, features go wherever the transformer is.
-            return jax.device_get(self._run("text", "encode", features_of, (encoder, *arrays)))
+            return jax.device_get(self._run("text", "encode", self._features, (encoder, *arrays)))
         with self._lent(encoder) as there:
-            return self._run("text", "encode", features_of, (there, *arrays))
+            return self._run("text", "encode", self._features, (there, *arrays))
 
     @contextlib.contextmanager
     def _lent(self, network: Any) -> Iterator[Any]:
@@ -345,13 +375,13 @@ class Drivers:
             return self._compiled(("text", plan.guided), self._condition_step(plan), (self.model, *arrays))[1]
         there = home(self.model.image_tokenizer)
         encoder = described_borrowed(self.model.text_encoder, there)
-        text = self._compiled("encode", features_of, (encoder, *arrays))[1]
+        text = self._compiled("encode", self._features, (encoder, *arrays))[1]
         arguments = (described_borrowed(self.model.transformer, there), text)
         return self._compiled(("condition", plan.guided), self._features_step(plan), arguments)[1]
 
     def _condition_step(self, plan: GenerationPlan):
         def condition(model: InfinityModel, *arrays: Array) -> TextCondition:
-            return condition_on(model.transformer, encode_text(model, *arrays), guided=plan.guided)
+            return condition_on(model.transformer, self._features(model.text_encoder, *arrays), guided=plan.guided)
 
         return condition
 
@@ -367,7 +397,36 @@ class Drivers:
 
     def _decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B out_h out_w 3"]:
         arguments = (self.model.image_tokenizer, latents)
-        return self._run("decoder", "decode", _decode, arguments, strips=self.memory.decoder_strips)
+        return self._run("decoder", "decode", self._pictures, arguments, strips=self.memory.decoder_strips)
+
+    def _features(self, encoder: T5Encoder | None, *arrays: Array) -> Text:
+        return features_of(encoder, *arrays)
+
+    def _frequencies(self, tokenizer: ImageTokenizer, coarse: Array) -> Array:
+        return frequency_features(tokenizer, coarse)
+
+    def _pictures(
+        self, tokenizer: ImageTokenizer, latents: Float[Array, "B h w C"], *, strips: int
+    ) -> Float[Array, "B out_h out_w 3"]:
+        return tokenizer.decode(latents, strips=strips)
+
+    @property
+    def batch_parts(self) -> int:
+        """A batch has to be a multiple of this."""
+        return 1
+
+    def _fetched(self, tree: Any) -> Any:
+        """Results as arrays of the host."""
+        return jax.device_get(tree)
+
+    def _described(self, results: Any) -> Any:
+        """Results as the next program's arguments are described."""
+        return results
+
+    def _program(self, function: Callable[..., Any], arguments: tuple) -> Callable[..., Any]:
+        """What is compiled to compute ``function`` of such arguments."""
+        del arguments
+        return function
 
     def _run(
         self, part: str, kind: Hashable, function, arguments: tuple, *, donate: tuple[int, ...] = (), **static: Any
@@ -394,22 +453,19 @@ class Drivers:
         key = (kind, shapes, tuple(sorted(static.items(), key=lambda item: item[0])))
         if key not in self._executables:
             start = time.perf_counter()
-            jitted = jax.jit(function, donate_argnums=donate, static_argnames=tuple(static))
-            traced = jitted.trace(*arguments, **static)
+            program = self._program(functools.partial(function, **static), arguments)
+            traced = jax.jit(program, donate_argnums=donate).trace(*arguments)
             with warnings.catch_warnings():
                 # The state is donated for its cache; its maps and inputs have another size at every scale.
                 warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-                self._executables[key] = (traced.lower().compile(), traced.out_info)
+                self._executables[key] = (traced.lower().compile(), self._described(traced.out_info))
             self.seconds["compile"] += time.perf_counter() - start
         return self._executables[key]
 
 
-def _decode(tokenizer, latents: Float[Array, "B h w C"], *, strips: int) -> Float[Array, "B out_h out_w 3"]:
-    return tokenizer.decode(latents, strips=strips)
-
-
 def _sampled(party: _Party) -> _Sampled:
-    return _Sampled(party.state.latents, party.plan, party.indices, party.bits, party.certainty, party.statistics)
+    own = (party.indices, party.rows, party.bits, party.certainty, party.statistics)
+    return _Sampled(party.state.latents, party.plan, *own)
 
 
 def _keys_like(keys: Key[Array, " B"], size: int) -> jax.ShapeDtypeStruct:

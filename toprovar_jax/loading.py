@@ -68,6 +68,7 @@ def load_model(
     attention: tuple[str, ...] = (),
     with_encoder: bool = False,
     shardings: Shardings | None = None,
+    tensor_parts: int = 1,
     memory: MemoryOptions = ON_DEVICE,
 ) -> LoadedModel:
     """Load a model folder: ``model.json``, ``tokenizer.json`` and three networks.
@@ -83,6 +84,7 @@ def load_model(
       attention: see :meth:`ModelCard.with_attention`.
       with_encoder: also load the image tokenizer's encoder, which generation does not need.
       shardings: where each parameter goes; default: the first device.
+      tensor_parts: see :class:`~toprovar_jax.config.InfinityConfig`; needs shardings to match.
       memory: what of the networks stays off the device, and in which form.
 
     Raises:
@@ -90,6 +92,7 @@ def load_model(
         attention that does not exist or cannot run here.
     """
     card = ModelCard.read(folder / CARD, PRESETS).with_precision(precision).with_attention(*attention)
+    card = card.with_tensor_parts(tensor_parts)
     _check_attention(card.transformer)
     _check_networks(folder)
     tokenizer = TextTokenizer.from_file(folder / TOKENIZER)
@@ -206,7 +209,8 @@ def _restored(folder: Path, abstract: Network, dtype: Callable[[str], np.dtype],
             value = placement.quantised(target, shape, restore_layers(folder, target, wanted))
         else:
             wanted = jax.ShapeDtypeStruct(shape, dtype(target), sharding=placement.sharding(target, shape))
-            value = restore_arrays(folder, {target: wanted})[target]
+            apart = placement.columns(target, shape)
+            value = restore_arrays(folder, {target: wanted}, columns=lambda name, apart=apart: apart)[target]
         filled.append((path, variable.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 

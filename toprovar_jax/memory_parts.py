@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,8 +78,21 @@ def _parameters(card: ModelCard) -> dict[str, tuple[tuple[str, tuple[int, ...]],
 @functools.lru_cache(maxsize=64)
 def weight_bytes(card: ModelCard, memory: MemoryOptions) -> Weights:
     """Bytes of every network's parameters as they are loaded for the card's precision."""
-    fast = card.transformer.precision == "fast"
     parts = dict.fromkeys(Weights._fields, 0)
+    for network, path, _, size in parameter_bytes(card, memory):
+        part = _part(network, path)
+        if memory.stream_blocks and network == "transformer" and _is_block_matrix(path):
+            part = "moving"
+        elif part == "text" and memory.text_encoder != "device":
+            part = "lent"
+        parts[part] += size
+    parts["moving"] = 2 * parts["moving"] // card.transformer.num_layers
+    return Weights(**parts)
+
+
+def parameter_bytes(card: ModelCard, memory: MemoryOptions) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    """Network, dotted path, shape and bytes of every parameter, as loaded for the card's precision."""
+    fast = card.transformer.precision == "fast"
     for network, parameters in _parameters(card).items():
         for path, shape in parameters:
             dtype = fast_dtype(network, path) if fast else FLOAT32
@@ -87,14 +100,7 @@ def weight_bytes(card: ModelCard, memory: MemoryOptions) -> Weights:
             if memory.quantization == "int8" and network == "transformer" and _is_block_matrix(path):
                 # One byte a number and, for every output channel, a float32 scale.
                 size = math.prod(shape) + 4 * math.prod(shape) // shape[-2]
-            part = _part(network, path)
-            if memory.stream_blocks and network == "transformer" and _is_block_matrix(path):
-                part = "moving"
-            elif part == "text" and memory.text_encoder != "device":
-                part = "lent"
-            parts[part] += size
-    parts["moving"] = 2 * parts["moving"] // card.transformer.num_layers
-    return Weights(**parts)
+            yield network, path, shape, size
 
 
 def _is_block_matrix(path: str) -> bool:

@@ -94,6 +94,10 @@ class ModelCard:
         chosen = implementations or None
         return dataclasses.replace(self, transformer=dataclasses.replace(self.transformer, attention=chosen))
 
+    def with_tensor_parts(self, count: int) -> ModelCard:
+        """The same model with its heads spread over so many devices."""
+        return dataclasses.replace(self, transformer=dataclasses.replace(self.transformer, tensor_parts=count))
+
     def to_json(self) -> str:
         """``model.json``."""
         exact = self.with_precision("exact")

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from toprovar_jax.acceleration import (
     POLICIES,
@@ -21,14 +22,20 @@ from toprovar_jax.acceleration import (
 )
 from toprovar_jax.assembling import OutputType, assemble, in_order
 from toprovar_jax.config import Precision
+from toprovar_jax.distributed.choosing import mesh_for
+from toprovar_jax.distributed.mesh_drivers import MeshDrivers
+from toprovar_jax.distributed.parts import TENSOR
+from toprovar_jax.distributed.rules import ParameterShardings
 from toprovar_jax.drivers import Drawn, Drivers, OnScaleEnd, TokenArrays
 from toprovar_jax.errors import UserInputError, unknown_name
 from toprovar_jax.generation import make_plan
-from toprovar_jax.hub import find_model
+from toprovar_jax.hub import CARD, find_model
 from toprovar_jax.loading import LoadedModel, load_model
 from toprovar_jax.memory import Driver, MemoryReport, attention_of, check_fits, device_limit, predict
 from toprovar_jax.memory_options import ON_DEVICE, MemoryOptions
+from toprovar_jax.model_card import ModelCard
 from toprovar_jax.outputs import PipelineOutput
+from toprovar_jax.presets import PRESETS
 from toprovar_jax.request import (
     Number,
     Numbers,
@@ -56,10 +63,20 @@ class InfinityPipeline:
     settings and seed alone; with ``"fast"`` a batch is computed at once.
     """
 
-    def __init__(self, loaded: LoadedModel, *, load_seconds: float = 0.0, memory: MemoryOptions = ON_DEVICE):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        load_seconds: float = 0.0,
+        memory: MemoryOptions = ON_DEVICE,
+        mesh: Mesh | None = None,
+    ):
         self.card, self.networks, self.tokenizer, self.calibration, self._quantization_error = loaded
         self.memory = memory
+        self.mesh = mesh
         self.drivers = Drivers(loaded.networks, memory=memory)
+        if mesh is not None:
+            self.drivers = MeshDrivers(loaded.networks, mesh, memory=memory)
         self._load_seconds = load_seconds
 
     @classmethod
@@ -73,6 +90,7 @@ class InfinityPipeline:
         precision: Precision | None = None,
         attention: str | Sequence[str] = (),
         memory: MemoryOptions = ON_DEVICE,
+        mesh: str | Mesh | None = None,
         progress: bool = True,
     ) -> InfinityPipeline:
         """Load a model.
@@ -86,6 +104,10 @@ class InfinityPipeline:
           attention: an implementation of :func:`pallas_kernels.attention`, or several, of which the first that can run
             is taken; by default the fastest that is proven on the device.
           memory: how to fit a small device.
+          mesh: the devices to use, by default one: text such as ``"data=8"`` or ``"data=2,tensor=4"`` for all devices
+            of all processes (:func:`toprovar_jax.distributed.mesh.parse_mesh`), ``"auto"`` for as many copies of the
+            model as fit on them, or a mesh with the axes ``data``, ``fsdp`` and ``tensor``. Every process of the mesh
+            makes the same calls and gets all pictures.
           progress: tell on stderr what is fetched and converted; nothing is said about what is on this machine already.
 
         Raises:
@@ -108,8 +130,14 @@ class InfinityPipeline:
         if precision is None:
             precision = "exact" if jax.default_backend() == "cpu" else "fast"
         implementations = (attention,) if isinstance(attention, str) else tuple(attention)
-        loaded = load_model(folder, precision=precision, attention=implementations, memory=memory)
-        return cls(loaded, load_seconds=time.perf_counter() - start, memory=memory)
+        placed: dict[str, Any] = {}
+        devices = None
+        if mesh is not None:
+            card = ModelCard.read(folder / CARD, PRESETS).with_precision(precision)
+            devices = mesh_for(mesh, card, memory)
+            placed = {"shardings": ParameterShardings(devices), "tensor_parts": devices.shape[TENSOR]}
+        loaded = load_model(folder, precision=precision, attention=implementations, memory=memory, **placed)
+        return cls(loaded, load_seconds=time.perf_counter() - start, memory=memory, mesh=devices)
 
     @property
     def quantization_error(self) -> dict[str, float]:
@@ -322,7 +350,7 @@ class InfinityPipeline:
     def _check_memory(self, request: ResolvedRequest, *, stepwise: bool) -> None:
         """Refuse what the device cannot hold, where it tells what it can."""
         limit = device_limit()
-        if limit is None:
+        if limit is None or self.mesh is not None:
             return
         report = predict(
             *self._predicted(request),
@@ -355,8 +383,9 @@ class InfinityPipeline:
         request = self.resolve(prompts, **{name: value for name, value in options.items() if name in names})
         if request.plan.alternatives:
             sampling = _on_device(request.sampling, len(request.plan.schedule))
-            together = 1 if self._one_by_one else request.batch_size
-            rows = list(range(together))
+            parts = self.drivers.batch_parts
+            together = parts if self._one_by_one else -(-request.batch_size // parts) * parts
+            rows = [min(row, request.batch_size - 1) for row in range(together)]
             keys = _keys([request.seeds[row] for row in rows])
             self.drivers.prepare(request.tokens.images(rows), keys, sampling, request.plan)
         return self.drivers.num_executables
@@ -369,17 +398,21 @@ class InfinityPipeline:
         sampling = _on_device(request.sampling, len(request.plan.schedule))
         everything = range(request.batch_size)
         replan = request.policy.replan if isinstance(request.policy, AdaptivePolicy) else None
-        if not self._one_by_one and on_scale_end is None and not request.plan.alternatives:
-            return [self.drivers.fused(request.tokens, _keys(request.seeds), sampling, request.plan)]
-        rounds = [[i] for i in everything] if self._one_by_one else [list(everything)]
+        parts = self.drivers.batch_parts
+        together = parts if self._one_by_one else -(-request.batch_size // parts) * parts
         drawn = []
-        for images in rounds:
-            tokens = request.tokens.images(images)
-            keys = _keys([request.seeds[i] for i in images])
-            report = _naming(on_scale_end, images)
-            parts = self.drivers.stepwise(tokens, keys, sampling, request.plan, report, replan=replan)
-            drawn += [part._replace(indices=tuple(images[row] for row in part.indices)) for part in parts]
-        return drawn
+        for start in range(0, request.batch_size, together):
+            images = everything[start : start + together]
+            # The last pictures of a mesh that has more devices are made again on them, and left out below.
+            rows = [*images, *[images[-1]] * (together - len(images))]
+            tokens, keys = request.tokens.images(rows), _keys([request.seeds[i] for i in rows])
+            if not self._one_by_one and on_scale_end is None and not request.plan.alternatives:
+                whole = [self.drivers.fused(tokens, keys, sampling, request.plan)]
+            else:
+                report = _naming(on_scale_end, images)
+                whole = self.drivers.stepwise(tokens, keys, sampling, request.plan, report, replan=replan)
+            drawn += [part.of(images) for part in whole]
+        return [part for part in drawn if part.indices]
 
     def _tokenize(self, name: str, texts: Sequence[str], strict: bool) -> TokenBatch:
         try:
@@ -414,12 +447,15 @@ def _keys(seeds: Sequence[int]) -> Key[Array, " B"]:
 
 
 def _naming(on_scale_end: OnScaleEnd | None, images: Sequence[int]) -> OnScaleEnd | None:
-    """``on_scale_end``, told as well which pictures it is about."""
+    """``on_scale_end``, told as well which pictures it is about; rows beyond ``images`` are none."""
     if on_scale_end is None:
         return None
 
     def call(index: int, count: int, info: dict[str, Any]) -> None:
-        on_scale_end(index, count, info | {"images": tuple(images[row] for row in info["images"])})
+        rows = [place for place, row in enumerate(info["images"]) if row < len(images)]
+        if rows:
+            named = {"images": tuple(images[info["images"][place]] for place in rows)}
+            on_scale_end(index, count, info | {"latents": info["latents"][rows]} | named)
 
     return call
 

@@ -69,7 +69,17 @@ class Placement:
             return array
         if self._shardings is None and not self._streams(target):
             return jnp.asarray(array)
-        return jax.device_put(array, self.sharding(target, array.shape))
+        sharding = self.sharding(target, array.shape)
+        return _put(columns_apart(array, self.columns(target, array.shape)), sharding)
+
+    def columns(self, target: str, shape: tuple[int, ...]) -> tuple[int, int]:
+        """``(matrices, parts)`` of :func:`columns_apart` for the parameter at this path."""
+        fused = getattr(self._shardings, "fused", None)
+        matrices = fused(f"{self.network}.{target}") if fused else 1
+        if matrices == 1:
+            return 1, 1
+        cut = self._given(target, shape).shard_shape(shape)
+        return matrices, shape[-1] // cut[-1]
 
     def described(self, target: str, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         """What :meth:`place` would return for such a parameter, as descriptions; nothing is allocated."""
@@ -91,8 +101,11 @@ class Placement:
         self.errors[target.removeprefix("layers.").removesuffix(".kernel")] = max(errors)
         if self._lends(target):
             return stack
+        apart = self.columns(target, shape)
         values, scale = self._matrix_shardings(target, shape)
-        return Int8Matrix(jax.device_put(stack.values, values), jax.device_put(stack.scale, scale))
+        return Int8Matrix(
+            _put(columns_apart(stack.values, apart), values), _put(columns_apart(stack.scale, apart), scale)
+        )
 
     def _matrix_shardings(self, target: str, shape: tuple[int, ...]) -> tuple[Sharding, Sharding]:
         values, scale = _like_matrix(self._given(target, shape))
@@ -115,6 +128,27 @@ class Placement:
 
     def _is_block_matrix(self, target: str) -> bool:
         return self.network == "transformer" and target.startswith("layers.") and target.endswith(".kernel")
+
+
+def columns_apart(array: np.ndarray, apart: tuple[int, int]) -> np.ndarray:
+    """The columns of matrices that lie side by side, rearranged so that equal parts hold the same share of each.
+
+    Args:
+      array: columns on the last axis.
+      apart: how many matrices there are, and into how many parts the columns will be cut.
+    """
+    matrices, parts = apart
+    if matrices == 1 or parts == 1:
+        return array
+    split = array.reshape(*array.shape[:-1], matrices, parts, -1)
+    return split.swapaxes(-3, -2).reshape(array.shape)
+
+
+def _put(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    """``array`` on the devices, of which some may be other processes'."""
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def describe(abstract: Network, placement: Placement, dtype: Callable[[str], np.dtype]) -> Network:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from pallas_kernels import attention
 from toprovar_jax.config import InfinityConfig, Precision
+from toprovar_jax.distributed.parts import TensorParts
 from toprovar_jax.model.layers import LayerNorm, Linear, compute_dtype, modulate, normalise
 from toprovar_jax.model.rope import RotaryTable, rotate
 from toprovar_jax.shapes import Array, Float
@@ -43,14 +44,17 @@ class SelfAttention(nnx.Module):
         self.out = Linear(width, width, gain=_residual_gain(config), **options)
 
     def project(self, x: Float[Array, "R T D"], rope: RotaryTable) -> tuple[Array, Array, Array]:
-        """Queries and keys, normalised, scaled and rotated, and values: ``[R, T, N, H]`` each, compute dtype."""
-        rows, length, width = x.shape
+        """Queries and keys, normalised, scaled and rotated, and values: ``[R, T, N, H]`` each, compute dtype.
+
+        N are the heads that this device has.
+        """
+        rows, length, _ = x.shape
         heads = self.log_scale.shape[0]
         qkv = self.qkv(x)
         query, key, value = jnp.split(qkv, 3, axis=-1)
         query = query + self.query_bias[...].astype(query.dtype)[None, None]
         value = value + self.value_bias[...].astype(value.dtype)[None, None]
-        query, key, value = (part.reshape(rows, length, heads, width // heads) for part in (query, key, value))
+        query, key, value = (part.reshape(rows, length, heads, -1) for part in (query, key, value))
         scale = jnp.exp(jnp.minimum(self.log_scale[...].astype(jnp.float32), MAX_LOG_SCALE))
         query = _unit(query) * scale[None, None, :, None]
         return rotate(query, rope).astype(qkv.dtype), rotate(_unit(key), rope).astype(qkv.dtype), value
@@ -98,9 +102,11 @@ class FeedForward(nnx.Module):
         self.up = Linear(config.width, config.feed_forward_width, **options)
         self.down = Linear(config.feed_forward_width, config.width, gain=_residual_gain(config), **options)
 
-    def __call__(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
-        """Apply."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+    def __call__(
+        self, x: Float[Array, "R T D"], summed: Callable[[Array], Array] | None = None
+    ) -> Float[Array, "R out_T D"]:
+        """Apply; ``summed`` as in :meth:`Linear.__call__`, for hidden channels that are spread over devices."""
+        return self.down(jax.nn.gelu(self.up(x), approximate=True), summed)
 
 
 class Block(nnx.Module):
@@ -116,6 +122,7 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(config, rngs=rngs)
         self.epsilon = config.norm_epsilon
         self.precision: Precision = config.precision
+        self.parts = TensorParts(config.tensor_parts)
 
     def __call__(
         self,
@@ -144,15 +151,18 @@ class Block(nnx.Module):
         if keep is not None:
             gate1, gate2 = gate1 * keep[0][:, None], gate2 * keep[1][:, None]
         dtype = compute_dtype(self.precision)
-        rows, length, width = x.shape
+        rows, length, _ = x.shape
+        parts = self.parts
 
         h = modulate(normalise(x, self.epsilon), scale1, shift1).astype(dtype)
         attended, carry = attend(*self.self_attention.project(h, rope))
-        out = self.self_attention.out(attended.reshape(rows, length, width))
-        x = x + gate1[:, None] * out.astype(jnp.float32)
+        out = self.self_attention.out(attended.reshape(rows, length, -1), parts.scattered_sum)
+        # From here to the end every device has its share of the tokens, where there are several.
+        x = parts.own_tokens(x) + gate1[:, None] * out.astype(jnp.float32)
         x = x + self.cross_attention(self.cross_norm(x).astype(dtype), text).astype(jnp.float32)
         h = modulate(normalise(x, self.epsilon), scale2, shift2).astype(dtype)
-        return x + gate2[:, None] * self.feed_forward(h).astype(jnp.float32), carry
+        out = self.feed_forward(parts.all_tokens(h, length), parts.scattered_sum)
+        return parts.all_tokens(x + gate2[:, None] * out.astype(jnp.float32), length), carry
 
 
 def _unit(x: Float[Array, "R T N H"]) -> Float[Array, "R T N H"]:

@@ -44,10 +44,11 @@ LayerMemory = tuple[GroupMemory, ...]
 def empty_memory(config: InfinityConfig, step: ScaleStep, batch: int) -> LayerMemory:
     """The memory before ``step``, the first one of a plan."""
     rows, dtype = batch * (2 if step.guided else 1), compute_dtype(config.precision)
+    heads = config.num_heads // config.tensor_parts
     groups = []
     for group in step.groups:
         layers = group.stop - group.start
-        cache = empty_cache(layers, rows, group.cache_length, config.num_heads, config.head_dim, dtype)
+        cache = empty_cache(layers, rows, group.cache_length, heads, config.head_dim, dtype)
         maps = jnp.zeros((layers, batch, 0), jnp.float32)
         increments = jnp.zeros((layers, rows, 0, config.width), dtype)
         outputs = jnp.zeros((rows, 0, config.width), jnp.float32)

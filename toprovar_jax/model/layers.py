@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from toprovar_jax.config import Precision
+from toprovar_jax.distributed.parts import Split, whole
 from toprovar_jax.model.quantization import Int8Matrix, int8_matmul, on_device
 from toprovar_jax.shapes import Array, Float
 
 
 class Linear(nnx.Module):
     """``x @ kernel + bias`` with kernel ``[in, out]``, of floats or an :class:`Int8Matrix`, on the device or the host.
+
+    The kernel may be :class:`~toprovar_jax.distributed.parts.Split` over devices, which is gathered for the product.
 
     Inputs are cast to the precision's compute dtype, which is also the output's; accumulation is float32.
     Initialised with normal weights of standard deviation ``sqrt(1 / (3 * width))`` times ``gain`` (MODEL_SPEC 9.6),
@@ -37,9 +41,17 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width_out,), jnp.float32)) if use_bias else None
         self.precision: Precision = precision
 
-    def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
-        """Apply the map to the last axis."""
+    def __call__(
+        self, x: Float[Array, "*rows in"], summed: Callable[[Array], Array] | None = None
+    ) -> Float[Array, "*out_rows out"]:
+        """Apply the map to the last axis.
+
+        Args:
+          x: the input, or of a map whose input channels are spread over devices, this device's channels.
+          summed: the sum of the product over those devices; the bias comes on top of it, once.
+        """
         y = matmul(x, self.kernel.get_value(), self.precision)
+        y = y if summed is None else summed(y)
         return y if self.bias is None else y + along_last(self.bias[...].astype(y.dtype), y)
 
 
@@ -72,13 +84,15 @@ class RMSNorm(nnx.Module):
         return x * along_last(self.scale[...].astype(jnp.float32), x)
 
 
-def matmul(x: Float[Array, "*rows in"], kernel: Float[Array, "in out"] | Int8Matrix, precision: Precision) -> Array:
-    """``x @ kernel`` in the compute dtype of ``precision``; a kernel in host memory is fetched for it."""
+def matmul(
+    x: Float[Array, "*rows in"], kernel: Float[Array, "in out"] | Int8Matrix | Split, precision: Precision
+) -> Array:
+    """``x @ kernel`` in the compute dtype of ``precision``; a kernel in host memory, or in parts, is fetched for it."""
     dtype = compute_dtype(precision)
     highest = jax.lax.Precision.HIGHEST if precision == "exact" else None
     if isinstance(kernel, Int8Matrix):
         return int8_matmul(x.astype(dtype), kernel, precision=highest)
-    return jnp.matmul(x.astype(dtype), on_device(kernel).astype(dtype), precision=highest)
+    return jnp.matmul(x.astype(dtype), on_device(whole(kernel)).astype(dtype), precision=highest)
 
 
 def compute_dtype(precision: Precision):

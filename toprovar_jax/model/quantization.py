@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from toprovar_jax.distributed.parts import whole
 from toprovar_jax.shapes import Array, Float
 
 LARGEST = 127
@@ -97,7 +98,7 @@ def on_device(array: Array) -> Array:
 
 def int8_matmul(x: Float[Array, "*rows in"], matrix: Int8Matrix, *, precision) -> Float[Array, "*rows out"]:
     """``x`` times one quantised matrix, in the dtype of ``x``; the scales act on the product, in float32."""
-    values = on_device(matrix.values)
+    values = on_device(whole(matrix.values))
     product = jnp.matmul(x, values.reshape(-1, values.shape[-1]).astype(x.dtype), precision=precision)
     scale = matrix.scale.reshape((1,) * (x.ndim - 1) + matrix.scale.shape)
     return (product.astype(jnp.float32) * scale).astype(x.dtype)

@@ -21,6 +21,7 @@ from toprovar_jax.acceleration.restoration import resize_increments
 from toprovar_jax.acceleration.scores import Candidates, score_named
 from toprovar_jax.acceleration.selection import gather_rotary, gather_tokens, scatter_tokens, select_tokens
 from toprovar_jax.acceleration.step import GroupStep, ScaleStep
+from toprovar_jax.distributed.parts import TensorParts
 from toprovar_jax.model.block import LayerText
 from toprovar_jax.model.kv_cache import KVCache, emptied
 from toprovar_jax.model.layer_memory import GroupMemory
@@ -42,6 +43,7 @@ class LayerInputs(NamedTuple):
       keys: one PRNG key per image; only selections that draw look at them.
       attention: see :class:`~toprovar_jax.config.InfinityConfig`.
       shared: which tokens are given, ``[B, K]``, where all layers compute the same few; None for all.
+      parts: the devices that have the heads.
     """
 
     stacked: Any
@@ -50,6 +52,7 @@ class LayerInputs(NamedTuple):
     keys: Key[Array, " B"] | None
     attention: tuple[str, ...] | None
     shared: Int[Array, "B K"] | None = None
+    parts: TensorParts = TensorParts()
 
 
 class GroupTrace(NamedTuple):
@@ -114,6 +117,9 @@ def run_group(
     after, kept = outputs[0]
     if len(outputs) > 1:
         after, kept = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+    if step.with_entropy and group.kept:
+        # Each device has averaged over the heads that it has.
+        after = after._replace(maps=inputs.parts.mean(after.maps))
     if mixes:
         x = restore_tokens(x, entered, memory.outputs, inputs, step, group)
         after = after._replace(maps=maps if step.with_entropy else maps[:, :, :0])

@@ -19,6 +19,7 @@ from toprovar_jax.acceleration.reduction import SharedTokens
 from toprovar_jax.acceleration.selection import gather_rotary, gather_tokens
 from toprovar_jax.acceleration.step import ScaleStep
 from toprovar_jax.config import InfinityConfig
+from toprovar_jax.distributed.parts import TensorParts
 from toprovar_jax.model.block import LayerText, stack_layers
 from toprovar_jax.model.head import BitHead
 from toprovar_jax.model.layer_memory import LayerMemory
@@ -118,6 +119,7 @@ class Infinity(nnx.Module):
             rotary_table(schedule, step.scale, config.head_dim, config.rope_mode),
             selection_keys,
             config.attention,
+            parts=TensorParts(config.tensor_parts),
         )
         level = self.level_embedding[...].astype(jnp.float32)[step.scale][None, None]
         depth, every_chunk = config.num_layers, config.level_embedding == "every_chunk"

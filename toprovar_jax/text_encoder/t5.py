@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from toprovar_jax.distributed.parts import whole
 from toprovar_jax.shapes import Array, Float, Int
 from toprovar_jax.text_encoder.config import T5Config
 from toprovar_jax.text_encoder.relative_position import position_buckets
@@ -26,7 +27,7 @@ def _product(equation: str, left: Array, right: Array, dtype: str) -> Array:
 
 def _matmul(inputs: Array, kernel: nnx.Param, dtype: str) -> Array:
     """``inputs @ kernel`` over the last axis: operands in ``dtype``, result in float32."""
-    return _product("...i,io->...o", inputs, kernel[...], dtype)
+    return _product("...i,io->...o", inputs, whole(kernel.get_value()), dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -143,7 +144,8 @@ class T5Encoder(nnx.Module):
             self._position_bias(tokens.shape[1])[None]
             + jnp.where(valid, jnp.float32(0), jnp.finfo(jnp.float32).min)[:, None, None]
         )
-        hidden = jnp.take(self.embedding[...], jnp.where(valid, tokens, 0), axis=0, mode="fill").astype(jnp.float32)
+        embedding = whole(self.embedding.get_value())
+        hidden = jnp.take(embedding, jnp.where(valid, tokens, 0), axis=0, mode="fill").astype(jnp.float32)
         hidden, _ = jax.lax.scan(
             lambda carry, layer: (layer(carry, logit_bias), None), hidden, self.layers, unroll=unroll
         )

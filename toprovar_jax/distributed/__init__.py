@@ -1,0 +1,1 @@
+"""Generation on many devices and hosts: meshes, sharding rules, resumable batch runs."""
