@@ -100,5 +100,6 @@ def int8_matmul(x: Float[Array, "*rows in"], matrix: Int8Matrix, *, precision) -
     """``x`` times one quantised matrix, in the dtype of ``x``; the scales act on the product, in float32."""
     values = on_device(whole(matrix.values))
     product = jnp.matmul(x, values.reshape(-1, values.shape[-1]).astype(x.dtype), precision=precision)
-    scale = matrix.scale.reshape((1,) * (x.ndim - 1) + matrix.scale.shape)
+    scale = whole(matrix.scale)
+    scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
     return (product.astype(jnp.float32) * scale).astype(x.dtype)
