@@ -191,6 +191,7 @@ class InfinityPipeline:
         negative_prompt: str | Iterable[str] | None = None,
         num_images_per_prompt: Number = 1,
         stop_after_scale: Number | None = None,
+        text_length: Number | None = None,
         strict: bool = False,
         observe: bool = False,
     ) -> ResolvedRequest:
@@ -220,14 +221,15 @@ class InfinityPipeline:
         if observe:
             plan = plan.observed()
         negatives = negatives_of(negative_prompt, len(prompts), per_prompt)
-        tokens = self._tokenize("prompt", prompts, strict)
+        length = self._text_length(text_length)
+        tokens = self._tokenize("prompt", prompts, length, strict)
         arrays, warnings = TokenArrays(tokens.ids, tokens.lengths), cut_warnings("prompt", prompts, tokens)
         if self.card.world is not None:
             warnings += scenes_warnings(prompts, self.card.world)
         if schedule.aspect_ratio != "1:1" and self.card.world is not None:
             warnings.append(f"model {self.model_name} was trained at aspect ratio 1:1 only; expect a worse picture")
         if negatives is not None:
-            others = self._tokenize("negative_prompt", negatives, strict)
+            others = self._tokenize("negative_prompt", negatives, length, strict)
             arrays = TokenArrays(tokens.ids, tokens.lengths, others.ids, others.lengths)
             warnings += cut_warnings("negative prompt", negatives, others)
             if not plan.guided:
@@ -288,8 +290,10 @@ class InfinityPipeline:
             ``seed`` (an integer, image k of each prompt then has ``seed + k``; or one per prompt, or one per image),
             ``policy`` (a name or a policy), ``guidance_scale`` and ``tau`` (a number, or one per scale), ``top_k``,
             ``top_p``, ``aspect_ratio`` (``"height:width"``), ``pixels`` (the budget's name), ``negative_prompt``,
-            ``num_images_per_prompt``, ``stop_after_scale``, ``strict`` (refuse prompts that are too long), ``observe``
-            (measure entropy in every layer at every scale, for :attr:`PipelineOutput.statistics`).
+            ``num_images_per_prompt``, ``stop_after_scale``, ``text_length`` (how many tokens of text programs are made
+            for, default all that the model reads; fewer take less time and memory, longer texts are cut), ``strict``
+            (refuse prompts that are too long), ``observe`` (measure entropy in every layer at every scale, for
+            :attr:`PipelineOutput.statistics`).
 
         Returns:
           Images, seeds, prompts, timings, the plan and warnings.
@@ -414,9 +418,20 @@ class InfinityPipeline:
             drawn += [part.of(images) for part in whole]
         return [part for part in drawn if part.indices]
 
-    def _tokenize(self, name: str, texts: Sequence[str], strict: bool) -> TokenBatch:
+    def _text_length(self, given: Number | None) -> int:
+        longest = self.card.transformer.text_length
+        if given is None:
+            return longest
+        length = plain_numbers(given)
+        if isinstance(length, bool) or not isinstance(length, int) or not 2 <= length <= longest:
+            raise UserInputError(
+                f"text_length {length!r}", f"must be an integer from 2 to {longest}", "leave it out for all of them"
+            )
+        return length
+
+    def _tokenize(self, name: str, texts: Sequence[str], length: int, strict: bool) -> TokenBatch:
         try:
-            return self.tokenizer.encode(texts, max_length=self.card.transformer.text_length, strict=strict)
+            return self.tokenizer.encode(texts, max_length=length, strict=strict)
         except UserInputError as error:
             if name == "prompt":
                 raise
