@@ -48,10 +48,10 @@ def ledger(storage: Storage, layout: str = "files", worker: str = "w0", lease_se
     return made
 
 
-def work(ledger: Ledger) -> bool:
+def work(ledger: Ledger, chunks: int = CHUNKS) -> bool:
     """Makes whatever is missing, as a worker does; returns what finishing said."""
     ledger.heartbeat({"state": "running"})
-    for chunk in range(CHUNKS):
+    for chunk in range(chunks):
         claim = ledger.claim(chunk)
         if claim is not None:
             done = claim.committed()
@@ -59,7 +59,7 @@ def work(ledger: Ledger) -> bool:
                 if name not in done:
                     claim.commit(name, made)
             claim.complete()
-    return ledger.finish(CHUNKS)
+    return ledger.finish(chunks)
 
 
 def memory() -> Storage:
@@ -81,10 +81,10 @@ def output(storage: Storage, foreign: Collection[str] = ()) -> dict[str, Any]:
     return {name: read(name) for name in names if name not in foreign}
 
 
-def undisturbed(layout: str) -> dict[str, Any]:
+def undisturbed(layout: str, chunks: int = CHUNKS) -> dict[str, Any]:
     """The output of a run that nothing happened to."""
     storage = memory()
-    assert work(ledger(storage, layout))
+    assert work(ledger(storage, layout), chunks)
     return output(storage)
 
 
@@ -137,9 +137,9 @@ def failing(storage: Storage, at: int, error: type[BaseException], *, after: boo
     return same, calls
 
 
-def every_operation(layout: str) -> Iterator[int]:
+def every_operation(layout: str, chunks: int = CHUNKS) -> Iterator[int]:
     """The numbers of all operations in the life of the toy job."""
     counting, calls = failing(memory(), -1, Killed, after=False)
-    assert work(ledger(counting, layout))
+    assert work(ledger(counting, layout), chunks)
     assert set(calls) >= {"write", "create", "read", "exists", "list", "remove"}
     yield from range(len(calls))

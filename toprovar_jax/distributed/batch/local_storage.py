@@ -108,8 +108,8 @@ class LocalStorage(Storage):
 
     def remove_leftovers(self, age: float) -> None:
         """Removes the temporary files of processes that are gone."""
-        now = self.clock()  # for which there is a folder of temporary files
-        for path in [*self._temporaries.iterdir(), *self._probes()]:
+        now = self.clock()
+        for path in [*self._temporaries.glob("*"), *self._probes()]:
             with contextlib.suppress(FileNotFoundError):
                 if processes.is_dead(path.name.rpartition(",")[0]) or now - path.stat().st_mtime > age:
                     path.unlink()
