@@ -18,12 +18,12 @@ LAYOUTS = pytest.mark.parametrize("layout", ["files", "tar"])
 @LAYOUTS
 @pytest.mark.parametrize("after", [False, True])
 def test_a_worker_killed_at_any_operation_is_replaced_by_another(layout, after):
-    expected = undisturbed(layout)
-    for at in every_operation(layout):
+    expected = undisturbed(layout, 1)
+    for at in every_operation(layout, 1):
         storage = memory()
         with pytest.raises(Killed):
-            work(ledger(failing(storage, at, Killed, after=after)[0], layout))
-        assert work(ledger(storage, layout, worker="w1", lease_seconds=0.0)), at
+            work(ledger(failing(storage, at, Killed, after=after)[0], layout), 1)
+        assert work(ledger(storage, layout, worker="w1", lease_seconds=0.0), 1), at
         assert output(storage) == expected, at
 
 
@@ -37,20 +37,22 @@ def test_two_workers_killed_one_after_the_other_are_replaced_by_a_third(layout):
             with pytest.raises(Killed):
                 work(ledger(failing(storage, at, Killed, after=True)[0], layout), 1)
             with contextlib.suppress(Killed):
-                work(ledger(failing(storage, second, Killed, after=False)[0], layout, worker="w1", lease_seconds=0.0), 1)
+                work(
+                    ledger(failing(storage, second, Killed, after=False)[0], layout, worker="w1", lease_seconds=0.0), 1
+                )
             assert work(ledger(storage, layout, worker="w2", lease_seconds=0.0), 1), (at, second)
             assert output(storage) == expected, (at, second)
 
 
 @LAYOUTS
 def test_a_worker_whose_storage_fails_once_can_go_on_itself(layout):
-    expected = undisturbed(layout)
-    for at in every_operation(layout):
+    expected = undisturbed(layout, 1)
+    for at in every_operation(layout, 1):
         storage = memory()
         faulty, _ = failing(storage, at, ConnectionError, after=False)
         with pytest.raises(ConnectionError):
-            work(ledger(faulty, layout, lease_seconds=0.0))
-        assert work(ledger(faulty, layout, lease_seconds=0.0)), at
+            work(ledger(faulty, layout, lease_seconds=0.0), 1)
+        assert work(ledger(faulty, layout, lease_seconds=0.0), 1), at
         assert output(storage) == expected, at
 
 
@@ -92,6 +94,6 @@ def test_a_disk_that_is_full_at_any_moment_tears_nothing(layout, tmp_path, monke
         disk.at = -1
         there = {name: found for name, found in output(storage).items() if not name.startswith(".work")}
         assert there.items() <= expected.items(), at
-        assert not [path for path in (tmp_path / f"run{at}").glob(".work/tmp/*")], at
+        assert not list((tmp_path / f"run{at}").glob(".work/tmp/*")), at
         assert work(ledger(storage, layout, worker="w1", lease_seconds=0.0), 1), at
         assert output(storage) == expected, at

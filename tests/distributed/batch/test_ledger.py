@@ -56,7 +56,8 @@ def test_the_manifest_tells_of_every_picture_and_failure_in_order(storage, layou
             name, _, member = row["file"].partition(":")
             read = storage.read(name)
             if member:
-                read = tarfile.open(fileobj=io.BytesIO(read)).extractfile(member).read()
+                with tarfile.open(fileobj=io.BytesIO(read)) as shard:
+                    read = shard.extractfile(member).read()
             assert read == picture
 
 

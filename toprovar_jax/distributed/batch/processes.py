@@ -17,15 +17,15 @@ _PROC = pathlib.Path("/proc")
 
 def identity() -> str:
     """This process in a word without slashes: ``host,boot,namespace,pid,started``."""
-    return ",".join([*_place(), str(os.getpid()), _started(os.getpid()) or "unknown"])
+    return ",".join([*_place(), str(os.getpid()), _started("self") or "unknown"])
 
 
 def is_dead(identity: str) -> bool:
     """Whether the process is known to be gone; never True for one of another host, or where that cannot be told."""
-    *place, pid, started = identity.split(",")
-    if place != _place() or "unknown" in [*place, started] or not pid.isdigit():
+    fields = identity.split(",")
+    if len(fields) != 5 or fields[:3] != _place() or "unknown" in fields:
         return False
-    return _started(int(pid)) != started
+    return _started(fields[3]) != fields[4]
 
 
 def _place() -> list[str]:
@@ -38,10 +38,10 @@ def _place() -> list[str]:
     return [re.sub(r"[^A-Za-z0-9.-]", "_", socket.gethostname()), boot, namespace]
 
 
-def _started(pid: int) -> str | None:
+def _started(pid: str) -> str | None:
     """When a process started, in clock ticks since the host did; None for one that has ended, awaited or not."""
     try:
-        status = (_PROC / str(pid) / "stat").read_text(errors="replace")
+        status = (_PROC / pid / "stat").read_text(errors="replace")
     except OSError:
         return None
     # The name, which may hold anything, is in parentheses.
