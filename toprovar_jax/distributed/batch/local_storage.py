@@ -149,6 +149,7 @@ class LocalStorage(Storage):
             with contextlib.suppress(FileNotFoundError):
                 self._make(folder)
                 return action()
+        self._make(folder)
         return action()
 
     def _make(self, folder: pathlib.Path) -> None:
