@@ -3,8 +3,8 @@
     python benchmarks/batch_kills.py [--pictures 10000] [--kills 50] [--layouts files tar] [--command WORD ...]
 
 Makes the pictures with four workers that are left alone, then again with workers of which one, some or all are killed
-(SIGKILL) at random moments, followed by as many new ones that one to four are at work. Now and then one is stopped
-for longer than its claims hold and goes on afterwards, while others have taken over. At the end there must be every
+(SIGKILL) at random moments, followed by new ones so that one to four are at work. Now and then one is stopped for
+longer than its claims hold and goes on afterwards, when another has taken over. At the end there must be every
 picture once, with the SHA-256 of the manifest, both as in the run that was left alone, and nothing besides.
 
 ``--command`` is a worker's command line, in which ``{out}``, ``{prompts}``, ``{layout}``, ``{worker}``, ``{chunk}`` and
@@ -32,9 +32,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "batch_kills.json"
 MOST_WORKERS = 4
-LEASE_SECONDS = 4.0
+LEASE_SECONDS = 2.0
 STOP_EVERY = 10
-"""After how many kills a worker is stopped for longer than its claims hold."""
+"""At how many kills all are killed, and one of two new workers is stopped for longer than its claims hold."""
 REFUSED_EVERY = 1000
 """After how many pictures comes a prompt of which none can be made."""
 WORKER = ROOT / "benchmarks" / "batch_kills_worker.py"
@@ -65,10 +65,18 @@ class Workers:
         for number in numbers:
             self.running.pop(number).wait()
 
-    def ended(self) -> list[int]:
-        """The exit statuses of those that have ended by themselves, which are forgotten."""
-        ended = [number for number, process in self.running.items() if process.poll() is not None]
-        return [self.running.pop(number).returncode for number in ended]
+    def complete_chunks(self) -> int:
+        """How many chunks are complete."""
+        return len(list(Path(self._values["out"]).glob("manifest/*.parquet")))
+
+    def at_work(self) -> list[int]:
+        """The numbers of those at work; ends the benchmark if one has failed."""
+        ended = {number: process for number, process in self.running.items() if process.poll() is not None}
+        for number in ended:
+            del self.running[number]
+        if any(process.returncode for process in ended.values()):
+            raise SystemExit(f"workers failed: {[process.args for process in ended.values() if process.returncode]}")
+        return sorted(self.running)
 
     def _there(self, number: int, process: subprocess.Popen[bytes]) -> bool:
         if process.poll() is not None:
@@ -89,37 +97,48 @@ def left_alone(workers: Workers) -> float:
 
 
 def finish(workers: Workers) -> None:
-    while workers.running:
-        statuses = workers.ended()
-        if any(statuses):
-            raise SystemExit(f"a worker ended with status {statuses}")
-        time.sleep(0.05)
+    """Waits for the end of the run."""
+    while workers.at_work():
+        time.sleep(0.02)
 
 
-def disturbed(workers: Workers, draw: random.Random, kills: int, seconds: float) -> dict[str, int]:
-    """Kills at ``kills`` random moments of a run that takes ``seconds`` undisturbed; returns what was done."""
+def disturbed(workers: Workers, draw: random.Random, kills: int, chunks: int, seconds: float) -> dict[str, int]:
+    """A run of ``chunks`` chunks with ``kills`` kills, begun and ended by itself.
+
+    Args:
+      workers: none of which has been started.
+      draw: decides when whom to kill.
+      kills: how many times, spread evenly over the first nine tenths of the chunks; fewer if the run ends before.
+      chunks: how many chunks are to be made.
+      seconds: what the run takes when it is left alone.
+
+    Returns:
+      How many times something was done.
+    """
     done = {"moments": 0, "processes": 0, "everybody": 0, "stopped": 0}
     workers.start(MOST_WORKERS)
-    while done["moments"] < kills:
-        # Four workers would have made three fifths of the pictures when the last kill comes, were nothing killed.
-        time.sleep(draw.uniform(0.0, 1.2 * seconds / kills))
-        if any(workers.ended()) or not workers.running:
-            raise SystemExit(f"the run was over, or a worker failed, after {done['moments']} kills")
-        here = sorted(workers.running)
-        victims = here if draw.random() < 0.3 else draw.sample(here, draw.randint(1, len(here)))
-        workers.kill(victims)
+    for moment in sorted(draw.uniform(0.0, 0.9) for _ in range(kills)):
+        while workers.complete_chunks() < moment * chunks and workers.at_work():
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0.0, 0.5 * seconds / kills))
+        here = workers.at_work()
+        if not here:
+            break
         done["moments"] += 1
+        stop = done["moments"] % STOP_EVERY == 0
+        everybody = stop or draw.random() < 0.3
+        victims = here if everybody else draw.sample(here, draw.randint(1, len(here)))
+        workers.kill(victims)
         done["processes"] += len(victims)
         done["everybody"] += not workers.running
-        workers.start(draw.randint(1, MOST_WORKERS))
+        workers.start(2 if stop else draw.randint(1, MOST_WORKERS))
         print(f"{done['moments']:3d} killed {len(victims)} of {len(here)}; {len(workers.running)} at work", flush=True)
-        if done["moments"] % STOP_EVERY == 0:
-            stopped = workers.running[draw.choice(sorted(workers.running))]
-            stopped.send_signal(signal.SIGSTOP)
+        if stop:
+            one = workers.running[draw.choice(sorted(workers.running))]
+            one.send_signal(signal.SIGSTOP)
             time.sleep(1.5 * LEASE_SECONDS)
-            stopped.send_signal(signal.SIGCONT)
+            one.send_signal(signal.SIGCONT)
             done["stopped"] += 1
-    workers.start(1)
     finish(workers)
     return done
 
@@ -179,7 +198,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--command", nargs="+", default=FAKE, help="a worker's command line")
     options = parser.parse_args(words)
     report = {"pictures": options.pictures, "chunk_rows": options.chunk, "lease_seconds": LEASE_SECONDS, "layouts": {}}
-    good = True
+    chunks, good = -(-(options.pictures + len(range(0, options.pictures, REFUSED_EVERY))) // options.chunk), True
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         lines = [json.dumps({"prompt": f"picture {number}"}) for number in range(options.pictures)]
@@ -198,7 +217,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 seconds = left_alone(runs["alone"])
                 alone = content(folder / layout / "alone")
                 begun = time.perf_counter()
-                done = disturbed(runs["killed"], random.Random(options.seed), options.kills, seconds)
+                done = disturbed(runs["killed"], random.Random(options.seed), options.kills, chunks, seconds)
             finally:
                 for workers in runs.values():
                     workers.kill(list(workers.running))

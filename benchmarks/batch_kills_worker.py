@@ -22,7 +22,7 @@ from toprovar_jax.distributed.batch.results import Layout
 from toprovar_jax.distributed.batch.storage import open_storage
 
 BATCH = 8
-SECONDS_PER_PICTURE = 0.002
+SECONDS_PER_PICTURE = 0.005
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import pathlib
 import re
+import subprocess
+import sys
 import tarfile
 
 import pyarrow.parquet as pq
@@ -257,6 +260,14 @@ def test_the_same_job_is_joined_and_another_one_refused_naming_what_differs(stor
     assert output(storage) == before
 
 
+def test_of_two_jobs_that_begin_at_the_same_time_one_is_refused(storage, monkeypatch):
+    nothing = storage.top()
+    ledger(storage)
+    monkeypatch.setattr(storage, "top", lambda: nothing)
+    with pytest.raises(UserInputError, match="holds another job: seed is 7 there, 8 here"):
+        Ledger(storage, layout="files", worker="w1", lease_seconds=60.0).open({**JOB, "seed": 8})
+
+
 @pytest.mark.parametrize("content", [b"", b'{"model": "to', b"[1]", b"\xff"])
 def test_a_damaged_job_is_an_error_in_one_line(storage, content):
     storage.write("job.json", content)
@@ -311,6 +322,21 @@ def test_the_manifest_is_assembled_in_groups_of_rows(monkeypatch):
 def test_a_worker_needs_a_name_that_a_file_can_have(name):
     with pytest.raises(UserInputError, match="choose another name"):
         ledger(memory(), worker=name)
+
+
+def test_a_ledger_is_there_before_any_heavy_package(tmp_path):
+    code = """
+import sys
+import toprovar_jax.distributed.batch.ledger
+from toprovar_jax.distributed.batch.storage import open_storage
+open_storage(sys.argv[1])
+print([name for name in ("jax", "numpy", "pyarrow", "fsspec") if name in sys.modules])
+"""
+    root = pathlib.Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=root, check=True
+    )
+    assert done.stdout == "[]\n"
 
 
 def test_the_package_for_manifests_is_named_when_it_is_missing(monkeypatch):

@@ -59,6 +59,17 @@ def test_folders_of_similar_names_are_kept_apart(storage):
     assert [entry.name for entry in storage.list("images/00001")] == ["images/00001/a"]
 
 
+def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    storage = open_storage(str(tmp_path))
+    storage.write("a/b", b"")
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        storage.list("a")
+
+
 def test_only_one_of_many_creates_a_file(storage):
     assert storage.create("claims/1", b"mine")
     assert not storage.create("claims/1", b"yours")

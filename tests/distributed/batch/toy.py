@@ -75,7 +75,7 @@ def output(storage: Storage, foreign: Collection[str] = ()) -> dict[str, Any]:
     def read(name: str) -> Any:
         if not name.endswith(".parquet"):
             return storage.read(name)
-        return pq.read_table(io.BytesIO(storage.read(name))).drop_columns("time").to_pylist()
+        return pq.read_table(io.BytesIO(storage.read(name)), use_threads=False).drop_columns("time").to_pylist()
 
     names = [entry.name for entry in storage.list("") if not entry.name.startswith(".work/workers/")]
     return {name: read(name) for name in names if name not in foreign}

@@ -83,7 +83,7 @@ class LocalStorage(Storage):
     def list(self, folder: str) -> Entries:
         """The files below a folder, except what is still being written."""
         found = []
-        for place, folders, names in os.walk(self._root / folder):
+        for place, folders, names in os.walk(self._root / folder, onerror=_raise_unless_gone):
             path = pathlib.Path(place)
             folders[:] = [name for name in folders if path / name != self._temporaries]
             for name in names:
@@ -185,6 +185,12 @@ class _File(io.RawIOBase):
         if not self.closed:
             super().close()
             os.close(self._descriptor)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """A folder that cannot be read is not an empty one."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _sync(folder: pathlib.Path) -> None:

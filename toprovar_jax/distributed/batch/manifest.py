@@ -97,7 +97,7 @@ def _decode(name: str, part: bytes, columns: list[str] | None) -> Any:
     try:
         if not pq.read_schema(io.BytesIO(part)).equals(_schema()):
             raise ValueError("other columns")
-        return pq.read_table(io.BytesIO(part), columns=columns)
+        return pq.read_table(io.BytesIO(part), columns=columns, use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserInputError(
             f"manifest part {name}",
