@@ -39,7 +39,7 @@ def write_new(directory: str | pathlib.Path, stem: str, suffix: str, content: by
     with _temporary_file(directory, content) as temporary:
         target = directory / f"{stem}{suffix}"
         numbers = itertools.count(2)
-        while not _publish(temporary, target):
+        while not publish(temporary, target):
             target = directory / f"{stem}-{next(numbers)}{suffix}"
     return target
 
@@ -131,8 +131,8 @@ def _temporary_file(directory: pathlib.Path, content: bytes | memoryview) -> Ite
         path.unlink(missing_ok=True)
 
 
-def _publish(temporary: pathlib.Path, target: pathlib.Path) -> bool:
-    """Gives the finished file its name; False if the name is taken."""
+def publish(temporary: pathlib.Path, target: pathlib.Path) -> bool:
+    """Gives a finished file of the same file system its name too; False if the name is taken."""
     try:
         os.link(temporary, target)
     except FileExistsError:
@@ -145,7 +145,7 @@ def _publish(temporary: pathlib.Path, target: pathlib.Path) -> bool:
 
 
 def _publish_without_links(temporary: pathlib.Path, target: pathlib.Path) -> bool:
-    """As :func:`_publish`, for file systems without hard links: reserves the name, then moves the file over it."""
+    """As :func:`publish`, for file systems without hard links: reserves the name, then moves the file over it."""
     try:
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     except FileExistsError:
