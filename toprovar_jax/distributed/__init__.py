@@ -1,0 +1,1 @@
+"""Meshes, sharding rules and resumable batch runs on many devices and hosts."""

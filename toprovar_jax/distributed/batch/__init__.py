@@ -1,0 +1,1 @@
+"""Pictures for files of prompts, by any number of workers that share nothing but the output storage."""
