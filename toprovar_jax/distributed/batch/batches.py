@@ -105,6 +105,9 @@ class Chunk:
 class Planner:
     """Makes batches of rows.
 
+    Attributes:
+      batch_size: pictures per call.
+
     Args:
       pipeline: whose ``resolve`` judges settings and tokenises prompts.
       settings: of rows that say nothing else, by the names of :data:`toprovar_jax.settings.SETTINGS`; None where the
@@ -124,7 +127,7 @@ class Planner:
         cut_long_prompts: bool = False,
     ):
         self._pipeline, self._settings = pipeline, dict(settings)
-        self._batch_size, self._padded, self._strict = batch_size, padded, not cut_long_prompts
+        self.batch_size, self._padded, self._strict = batch_size, padded, not cut_long_prompts
 
     def chunk(self, rows: Iterable[Row | BrokenRow]) -> Chunk:
         """The batches of some rows, which are a whole chunk."""
@@ -160,9 +163,9 @@ class Planner:
             groups[key] += [(picture, request.plan) for picture in self._pictures(row, request, arguments)]
         batches = []
         for key, members in groups.items():
-            for start in range(0, len(members), self._batch_size):
-                part = members[start : start + self._batch_size]
-                size = self._batch_size if self._padded else len(part)
+            for start in range(0, len(members), self.batch_size):
+                part = members[start : start + self.batch_size]
+                size = self.batch_size if self._padded else len(part)
                 pictures = tuple(picture for picture, _ in part)
                 batches.append(Batch(f"{len(batches):04d}", key, pictures, part[0][1], size))
         return tuple(batches)

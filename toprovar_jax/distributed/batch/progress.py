@@ -37,7 +37,7 @@ class Progress:
         *,
         index: int = 0,
         chips: int = 1,
-        warned: Callable[[str], None] = str,
+        warned: Callable[[str], object] = str,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._index, self._chips, self._warned, self._clock = index, chips, warned, clock

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from toprovar_jax.distributed.batch.batches import FAILED_ROWS, Batch, Chunk, Planner, Wanted
@@ -28,7 +28,13 @@ from toprovar_jax.recipes import recipe_of
 Outcome = Literal["finished", "left to others", "stopped"]
 
 _AHEAD = 2
+"""Batches that may wait for the device."""
+
+_BEHIND = 4
+"""Batches that may wait for their commit: as many as the device makes while a chunk is completed."""
+
 _RELIST_SECONDS = 20.0
+_OWN_SECONDS = 0.02
 
 
 class TooManyFailures(Exception):
@@ -120,7 +126,7 @@ class BatchRun:
         self._stopping, self._poll = stopping, poll_seconds
         self._preparing, self._committing = Halt(), Halt()
         self._prepared: Handover[_Step | None] = Handover(_AHEAD, self._preparing)
-        self._made: Handover[_Step | None] = Handover(_AHEAD, self._committing)
+        self._made: Handover[_Step | None] = Handover(_BEHIND, self._committing)
         self._held: dict[int, Claim] = {}
         self._lost: set[int] = set()
         self._encoders = concurrent.futures.ThreadPoolExecutor(
@@ -223,11 +229,19 @@ class BatchRun:
                 elif time.monotonic() - listed > _RELIST_SECONDS:
                     complete, listed = self._ledger.complete_chunks(), time.monotonic()
             if not claimed:
-                if not self._wait:
+                others = sum(chunk not in self._held for chunk in left)
+                if others and not self._wait:
                     return
-                self._progress.waiting(sum(chunk not in self._held for chunk in left))
-                if self._preparing.wait(self._poll):
-                    raise Halted
+                self._progress.waiting(others)
+                self._pause(left, others)
+
+    def _pause(self, left: Sequence[int], others: int) -> None:
+        """Until it is time to look after other workers' chunks again, or this worker's own are complete."""
+        while True:
+            if self._preparing.wait(self._poll if others else _OWN_SECONDS):
+                raise Halted
+            if others or not all(chunk in self._held for chunk in left):
+                return
 
     def _draw(self) -> None:
         """The caller's thread: the device's work."""
