@@ -8,9 +8,9 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from toprovar_jax.distributed.batch.source import MAX_LINE, Source, lines_of_bytes
+from toprovar_jax.distributed.batch.source import MAX_LINE, Readable, Source, lines_of_bytes
 from toprovar_jax.errors import UserInputError, unknown_name
 from toprovar_jax.prompts import json_object
 from toprovar_jax.settings import SETTINGS, parse_setting
@@ -26,14 +26,15 @@ class Broken(Exception):
     """A record that cannot be read; the message says why."""
 
 
+@runtime_checkable
 class Format(Protocol):
     """How one kind of file is read."""
 
-    def start(self, file: BinaryIO) -> int:
+    def start(self, file: Readable) -> int:
         """The place of the first record; refuses a file that as a whole is not what it should be."""
         ...
 
-    def records(self, file: BinaryIO, place: int) -> Iterator[tuple[int, Any]]:
+    def records(self, file: Readable, place: int) -> Iterator[tuple[int, Any]]:
         """From a place on: the place behind each record, and the record as it was found, which may be an exception."""
         ...
 
@@ -45,11 +46,11 @@ class Format(Protocol):
 class TextLines:
     """A prompt a line; blank lines and lines that start with ``#`` are no records."""
 
-    def start(self, file: BinaryIO) -> int:
+    def start(self, file: Readable) -> int:
         """The first byte."""
         return 0
 
-    def records(self, file: BinaryIO, place: int) -> Iterator[tuple[int, str | Broken]]:
+    def records(self, file: Readable, place: int) -> Iterator[tuple[int, str | Broken]]:
         """The lines that say something."""
         for end, line in lines_of_bytes(file, place):
             if line is None:
@@ -83,7 +84,7 @@ class Csv:
         self._source = source
         self._columns: list[str] = []
 
-    def start(self, file: BinaryIO) -> int:
+    def start(self, file: Readable) -> int:
         """The place behind the header."""
         for place, record in self.records(file, 0):
             if isinstance(record, Broken):
@@ -93,7 +94,7 @@ class Csv:
             return place
         raise UserInputError(f"prompts file {self._source.url}", "must begin with a header", "such as id,prompt,seed")
 
-    def records(self, file: BinaryIO, place: int) -> Iterator[tuple[int, list[str] | Broken]]:
+    def records(self, file: Readable, place: int) -> Iterator[tuple[int, list[str] | Broken]]:
         """The cells of each row."""
         lines = _CsvLines(file, place)
         reader = csv.reader(lines, strict=True)
@@ -133,9 +134,9 @@ class Parquet:
         except ImportError:
             rule = "needs pyarrow, which is not installed"
             raise UserInputError(f"prompts file {source.url}", rule, "pip install 'toprovar-jax[batch]'") from None
-        self._open: Callable[[BinaryIO], Any] = pq.ParquetFile
+        self._open: Callable[[Readable], Any] = pq.ParquetFile
 
-    def start(self, file: BinaryIO) -> int:
+    def start(self, file: Readable) -> int:
         """Row 0."""
         try:
             names = self._open(file).schema_arrow.names
@@ -145,7 +146,7 @@ class Parquet:
         check_columns(names, self._source)
         return 0
 
-    def records(self, file: BinaryIO, place: int) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+    def records(self, file: Readable, place: int) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
         """Rows by column."""
         table = self._open(file)
         counts = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
@@ -208,7 +209,7 @@ def check_columns(names: Iterable[str], source: Source) -> None:
 class _CsvLines:
     """Lines as :mod:`csv` wants them; ``place`` is where the next one begins."""
 
-    def __init__(self, file: BinaryIO, place: int):
+    def __init__(self, file: Readable, place: int):
         self._lines = lines_of_bytes(file, place)
         self.place = place
 

@@ -53,7 +53,7 @@ class BrokenRow:
 
 
 class PromptRows:
-    """The rows of a prompt file, read again and again, from anywhere. One thread at a time.
+    """The rows of a prompt file, read again and again, from anywhere; one thread at a time. A context, which closes it.
 
     The constructor reads the whole file once: later, every reading proves that it is still the same.
 
@@ -105,6 +105,12 @@ class PromptRows:
         if len(records) != count:
             raise self._source.changed("changed")
         return [self._row(first + place, record) for place, record in enumerate(records)]
+
+    def __enter__(self) -> PromptRows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Closes the file; reading opens it again."""

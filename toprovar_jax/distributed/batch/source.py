@@ -9,10 +9,13 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.files import absence
+
+Readable = Any
+"""A binary file open for reading; the files of fsspec have no class in common with those of Python."""
 
 MAX_LINE = 2**20
 """Bytes of a line beyond which it is dropped: a file without line ends must not fill the memory."""
@@ -46,7 +49,7 @@ class Source:
         """The file's name without its folder."""
         return self.url.rstrip("/").replace("\\", "/").rpartition("/")[2]
 
-    def open(self) -> BinaryIO:
+    def open(self) -> Readable:
         """The file, for reading.
 
         Raises:
@@ -98,7 +101,7 @@ class Source:
         return tuple(str(found.get(key)) for key in _VERSIONS) if found.get("type") == "file" else None
 
 
-def lines_of_bytes(file: BinaryIO, start: int) -> Iterator[tuple[int, bytes | None]]:
+def lines_of_bytes(file: Readable, start: int) -> Iterator[tuple[int, bytes | None]]:
     """The lines of a file from a byte on, whatever their ends, in constant memory.
 
     Args:
