@@ -30,7 +30,9 @@ def reasons(rows):
 
 def test_lines_of_text_are_rows_but_for_blank_ones_and_comments(tmp_path):
     url = written(tmp_path, "p.txt", "\ufeffa sphere\r\n\r\n  # no\n\ta cube \n\u00a0\na cone\rthe end")
-    assert everything(url) == [Row(k, str(k), text) for k, text in enumerate(["a sphere", "a cube", "a cone", "the end"])]
+    assert everything(url) == [
+        Row(k, str(k), text) for k, text in enumerate(["a sphere", "a cube", "a cone", "the end"])
+    ]
 
 
 def test_lines_of_json_carry_ids_seeds_and_settings(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import threading
 import time
@@ -168,19 +169,21 @@ class Health:
             self._looked = now
             try:
                 self._report(last)
-            except OSError as error:
+            except Exception as error:  # whatever it is, leases must go on being renewed
                 self._complain(error)
 
     def _beat(self) -> None:
         try:
             self._ledger.heartbeat(self._progress.state())
-            self._said_storage = False
         except OSError as error:
             self._complain(error)
 
-    def _complain(self, error: OSError) -> None:
+    def _complain(self, error: Exception) -> None:
         if not self._said_storage:
-            self._tell(f"the output could not be reached ({error.strerror or error}); trying again", True)
+            reason = (
+                error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+            )
+            self._tell(f"progress could not be written to the output ({reason}); trying again", True)
         self._said_storage = True
 
     def _report(self, last: bool) -> None:
@@ -205,7 +208,7 @@ class Health:
         last_chunk = self._rows - (self._chunks - 1) * self._chunk
         done = len(complete) * self._chunk - (self._chunk - last_chunk if self._chunks - 1 in complete else 0)
         states = [worker.state for worker in workers]
-        rate = sum(worker.state.get("images_per_second", 0.0) for worker in alive)
+        rate = math.fsum(worker.state.get("images_per_second", 0.0) for worker in alive)
         images, rows = (sum(state.get(name, 0) for state in states) for name in ("images", "rows"))
         seconds = (self._rows - done) * max(1.0, images / rows if rows else 1.0) / rate if rate else None
         computed = [state.get("images", 0) for state in states]

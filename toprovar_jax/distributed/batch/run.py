@@ -184,6 +184,7 @@ class BatchRun:
         while True:
             told = json.loads(self._group.agree(None))
             if told["chunk"] is None:
+                self._work.rows.close()
                 return "left to others"
             if told["chunk"] != number:
                 number, chunk = told["chunk"], self._work.of(told["chunk"])
@@ -255,6 +256,8 @@ class BatchRun:
                 self._made.put(dataclasses.replace(step, results=self._results(batch)))
 
     def _check_stop(self) -> None:
+        if self._committing:  # nothing can be committed any more
+            raise Halted
         if self._stopping():
             raise _Stopped
 
