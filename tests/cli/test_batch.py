@@ -130,6 +130,7 @@ def test_mistakes_are_one_line_and_status_2_before_anything_is_made(batch, argv,
         ({"prompts": "no.txt"}, "prompts file no.txt: does not exist"),
         ({"prompts": "empty.txt"}, "prompts file empty.txt: must hold at least one prompt"),
         ({"out": "p.txt"}, "output "),
+        ({"out": "p.txt/below"}, "output "),
     ],
 )
 def test_files_that_cannot_be_used_are_one_line_and_status_2(batch, tmp_path, given, said):
