@@ -34,8 +34,9 @@ from toprovar_jax.distributed.batch.encoding import encode_picture
 from toprovar_jax.distributed.batch.ledger import Ledger, Picture
 from toprovar_jax.distributed.batch.progress import Progress
 from toprovar_jax.distributed.batch.rows import PromptRows
-from toprovar_jax.distributed.batch.run import BatchRun, Work
+from toprovar_jax.distributed.batch.run import BatchRun
 from toprovar_jax.distributed.batch.storage import open_storage
+from toprovar_jax.distributed.batch.work import Work
 from toprovar_jax.outputs import PipelineOutput
 from toprovar_jax.recipes import recipe_of
 from toprovar_jax.timings import Timings
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
 
-    pipeline = SleepingPipeline.from_pretrained()
+    pipeline: Any = SleepingPipeline.from_pretrained()
     pipeline.device(options.milliseconds / 1000, options.side)
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
     with tempfile.TemporaryDirectory() as temporary:

@@ -53,7 +53,7 @@ def run(options: BatchOptions, load: Callable[..., Any] | None, told: dict[str, 
 
             storage = open_storage(request.out)
         _start(options, request)
-        from toprovar_jax.distributed.batch.run import Work
+        from toprovar_jax.distributed.batch.work import Work
 
         weights = _weights(options)
         pipeline = (load or loader(options))(options.model, memory=memory, **_mesh(options))

@@ -14,7 +14,7 @@ def show(work: Any, *, as_json: bool) -> None:
     """Prints rows, pictures, failures, and per program its batches, padding and plan.
 
     Args:
-      work: a :class:`toprovar_jax.distributed.batch.run.Work`.
+      work: a :class:`toprovar_jax.distributed.batch.work.Work`.
       as_json: one JSON object in place of lines.
     """
     pictures: collections.Counter[Any] = collections.Counter()

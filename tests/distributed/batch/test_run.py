@@ -16,8 +16,9 @@ from toprovar_jax.distributed.batch.batches import Planner
 from toprovar_jax.distributed.batch.ledger import Ledger
 from toprovar_jax.distributed.batch.progress import Progress
 from toprovar_jax.distributed.batch.rows import PromptRows
-from toprovar_jax.distributed.batch.run import BatchRun, TooManyFailures, Work
+from toprovar_jax.distributed.batch.run import BatchRun, TooManyFailures
 from toprovar_jax.distributed.batch.storage import open_storage
+from toprovar_jax.distributed.batch.work import Work
 from toprovar_jax.errors import UserInputError
 
 from .painting import SETTINGS, PaintingPipeline

@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-from toprovar_jax.distributed.batch.batches import FAILED_ROWS, Batch, Chunk, Planner, Wanted
+from toprovar_jax.distributed.batch.batches import FAILED_ROWS, Batch, Wanted
 from toprovar_jax.distributed.batch.encoding import encode_picture
 from toprovar_jax.distributed.batch.group import Group, SingleProcess
 from toprovar_jax.distributed.batch.handover import Halt, Halted, Handover, in_thread
 from toprovar_jax.distributed.batch.ledger import Claim, Failure, Ledger, Picture
 from toprovar_jax.distributed.batch.progress import Progress
-from toprovar_jax.distributed.batch.rows import BrokenRow, PromptRows
+from toprovar_jax.distributed.batch.rows import BrokenRow
+from toprovar_jax.distributed.batch.work import Work
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.recipes import recipe_of
 
@@ -43,36 +44,6 @@ class TooManyFailures(Exception):
 
 class _Stopped(Exception):
     """Somebody wants the run to stop."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What there is to do, the same for every worker.
-
-    Attributes:
-      rows: the prompt file.
-      planner: makes batches of rows.
-      pipeline: makes pictures of batches.
-      chunk: rows per chunk.
-    """
-
-    rows: PromptRows
-    planner: Planner
-    pipeline: Any
-    chunk: int
-
-    @property
-    def chunks(self) -> int:
-        """How many chunks the job has."""
-        return -(-self.rows.count // self.chunk)
-
-    def rows_in(self, chunk: int) -> int:
-        """How many rows a chunk has: the last may have fewer."""
-        return min(self.chunk, self.rows.count - chunk * self.chunk)
-
-    def of(self, chunk: int) -> Chunk:
-        """The batches of a chunk."""
-        return self.planner.chunk(self.rows.read(chunk * self.chunk, self.chunk))
 
 
 @dataclasses.dataclass(frozen=True)
