@@ -61,7 +61,7 @@ def save_png(
       OSError: the directory cannot be written or the disk is full; nothing is left behind.
     """
     encoded = io.BytesIO()
-    Image.fromarray(image).save(encoded, format="PNG", pnginfo=_text_chunks(recipe))
+    Image.fromarray(image).save(encoded, format="PNG", pnginfo=text_chunks(recipe))
     return write_new(directory, stem, ".png", encoded.getbuffer())
 
 
@@ -111,7 +111,8 @@ def make_grid(images: Sequence[UInt8[np.ndarray, "_ _ 3"]], columns: int | None 
     return sheet
 
 
-def _text_chunks(recipe: Mapping[str, Any] | None) -> PngInfo | None:
+def text_chunks(recipe: Mapping[str, Any] | None) -> PngInfo | None:
+    """A recipe as the text chunks of a PNG: one per entry that says something, and all of them as JSON."""
     if recipe is None:
         return None
     chunks = PngInfo()

@@ -15,6 +15,7 @@ _PEOPLE = (
     *("man", "woman", "men", "women", "boy", "girl", "child", "person", "human", "adult", "teenager", "employee"),
     *("employer", "worker", "mother", "father", "sister", "brother", "grandmother", "grandfather", "son", "daughter"),
 )
+_EXAMPLE = 'write one such as {"prompt": "a red sphere", "seed": 1}'
 _FACES = ". very smooth faces, good looking faces, face to the camera, perfect facial features"
 
 
@@ -109,7 +110,15 @@ def _text_line(line: str, origin: str) -> PromptRequest | None:
 
 
 def _json_line(line: str, origin: str) -> PromptRequest:
-    example = 'write one such as {"prompt": "a red sphere", "seed": 1}'
+    return request_of(json_object(line, origin), origin)
+
+
+def json_object(line: str, origin: str) -> dict[str, Any]:
+    """The object that a line of JSON holds; messages call the line ``origin``.
+
+    Raises:
+      UserInputError: not JSON, not an object, or a key that is given twice.
+    """
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record: dict[str, Any] = {}
@@ -124,14 +133,23 @@ def _json_line(line: str, origin: str) -> PromptRequest:
     except UserInputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserInputError(origin, f"must be a JSON object ({error})", example) from None
+        raise UserInputError(origin, f"must be a JSON object ({error})", _EXAMPLE) from None
     if not isinstance(record, dict):
-        raise UserInputError(origin, f"must be a JSON object, not {type(record).__name__}", example)
+        raise UserInputError(origin, f"must be a JSON object, not {type(record).__name__}", _EXAMPLE)
+    return record
+
+
+def request_of(record: Mapping[str, Any], origin: str) -> PromptRequest:
+    """The request that a record with a prompt and settings makes; messages call it ``origin``.
+
+    Raises:
+      UserInputError: a key that is no setting, no prompt, or a value that is not legal.
+    """
     for key in record:
         if key not in SETTINGS:
             error = unknown_name("key", key, SETTINGS)
             raise UserInputError(f"{origin}: {error.value}", error.rule, error.remedy)
     if "prompt" not in record:
-        raise UserInputError(origin, 'must have the key "prompt"', example)
+        raise UserInputError(origin, 'must have the key "prompt"', _EXAMPLE)
     values = {key: check_setting(key, value, label=f"{origin}: {key}") for key, value in record.items()}
     return PromptRequest(values.pop("prompt"), values.pop("seed", None), values, origin)

@@ -16,6 +16,7 @@ COMMANDS = {
     "calibrate": "measure a model, and write the constants of the toprovar policies for it",
     "eval": "judge task by task how much of what prompts ask for a model draws",
     "export-eval": "make the pictures that a public benchmark's scorer reads, in its own folder layout",
+    "batch": "make pictures for a file of prompts, of any size, on any number of hosts, and lose none",
     "convert": "turn released weights into a model folder",
     "finetune": "train a model further on pictures with captions",
     "memory": "tell how much device memory a model needs, without running it",

@@ -5,9 +5,7 @@ Nothing imported at the top imports jax: the backend is chosen first, and ``--he
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.metadata
 import itertools
 import pathlib
 import time
@@ -28,8 +26,9 @@ from toprovar_jax.cli.options import (
 from toprovar_jax.cli.report import Report
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.files import check_output_dir, ensure_output_dir
-from toprovar_jax.memory_options import ON_DEVICE, MemoryOptions
+from toprovar_jax.memory_options import MemoryOptions
 from toprovar_jax.prompts import with_positive_prompt
+from toprovar_jax.recipes import recipe_of
 from toprovar_jax.settings import MAX_SEED
 from toprovar_jax.timings import Timings
 
@@ -208,7 +207,9 @@ def _save(
     made.calls.append(output.timings)
     for picture, image in zip(batch, output.images, strict=True):
         array = np.asarray(image)
-        recipe = None if options.no_metadata else _recipe(pipeline, picture)
+        recipe = None
+        if not options.no_metadata:
+            recipe = recipe_of(pipeline, picture.job.prompt, picture.seed, picture.size, picture.job.arguments)
         stem = file_stem(picture.index, picture.job.prompt, picture.seed)
         path = save_png(array, made.folder, stem, recipe)
         saved.append(path)
@@ -253,34 +254,3 @@ def _distinct_plans(pictures: Sequence[Picture]) -> list[Any]:
         if picture.plan not in plans:
             plans.append(picture.plan)
     return plans
-
-
-def _recipe(pipeline: Any, picture: Picture) -> dict[str, Any]:
-    """Everything needed to make the picture again; what was left to the model is filled in with its defaults."""
-    arguments = picture.job.arguments
-    recipe = {
-        "prompt": picture.job.prompt,
-        "negative_prompt": arguments["negative_prompt"],
-        "seed": picture.seed,
-        "model": pipeline.model_name,
-        "height": picture.size[0],
-        "width": picture.size[1],
-        "aspect_ratio": arguments["aspect_ratio"],
-        "pixels": arguments["pixels"],
-        "guidance": arguments["guidance_scale"],
-        **{name: arguments[name] for name in ("tau", "top_k", "top_p", "policy", "stop_after_scale")},
-    }
-    for name, value in recipe.items():
-        if value is None:
-            recipe[name] = getattr(pipeline, f"default_{name}", None)
-    # Of the ways to save memory this one changes what is computed.
-    quantization = getattr(pipeline, "memory", ON_DEVICE).quantization
-    if quantization is not None:
-        recipe["quantization"] = quantization
-    return {**recipe, "toprovar_jax_version": _version("toprovar-jax"), "jax_version": _version("jax")}
-
-
-def _version(package: str) -> str:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return "not installed"
