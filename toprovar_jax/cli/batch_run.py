@@ -56,16 +56,22 @@ def run(options: BatchOptions, load: Callable[..., Any] | None, told: dict[str, 
         from toprovar_jax.distributed.batch.work import Work
 
         weights = _weights(options)
-        pipeline = (load or loader(options))(options.model, memory=memory, **_mesh(options))
-        work = Work(rows, _planner(request, options, pipeline), pipeline, request.chunk)
+        devices = None if load else _devices(options, weights, memory)
+        placed = {} if devices is None else {"mesh": devices.made()}
+        pipeline = (load or loader(options))(options.model, memory=memory, **placed)
+        copies = 1 if devices is None else devices.mesh.data * devices.mesh.fsdp
+        work = Work(rows, _planner(request, options, pipeline), pipeline, request.chunk, copies)
         if storage is None:
             from toprovar_jax.cli.batch_show import show
 
             show(work, as_json=options.json)
             return
         _check_settings(request, pipeline)
-        job = _job(request, options, rows, pipeline, weights)
-    _make(work, storage, job, request, options, voice, told, interrupts)
+        job = _job(request, options, rows, pipeline, weights, devices)
+    if devices is not None and not devices.leader:
+        _follow(work, interrupts)
+        return
+    _make(work, storage, job, request, options, voice, told, interrupts, devices)
 
 
 def _make(
@@ -77,16 +83,16 @@ def _make(
     voice: Voice,
     told: dict[str, Any],
     interrupts: Interrupts,
+    devices: Any,
 ) -> None:
-    import jax
-
     from toprovar_jax.distributed.batch.health import Health
     from toprovar_jax.distributed.batch.ledger import Ledger
     from toprovar_jax.distributed.batch.progress import Progress
     from toprovar_jax.distributed.batch.run import BatchRun, TooManyFailures
 
     start = time.perf_counter()
-    progress = Progress(index=request.index, chips=jax.local_device_count(), warned=voice.warn)
+    chips = 1 if devices is None else devices.mesh.size
+    progress = Progress(index=request.index, chips=chips, warned=voice.warn)
     ledger = Ledger(storage, layout=request.layout, worker=request.worker, lease_seconds=request.lease_seconds)
     with Stopping(interrupts) as stopping:
         ledger.open(job)
@@ -111,6 +117,7 @@ def _make(
             work,
             ledger,
             progress,
+            group=_group(devices),
             first_chunk=int(request.index * GOLDEN % 1 * work.chunks),
             wait=not options.no_wait,
             max_failures=request.max_failures,
@@ -183,8 +190,38 @@ def _weights(options: BatchOptions) -> Any:
     return find_model(options.model, **files_of(options))
 
 
-def _mesh(options: BatchOptions) -> dict[str, str]:
-    return {} if options.mesh is None else {"mesh": options.mesh}
+def _devices(options: BatchOptions, weights: Any, memory: Any) -> Any:
+    """The devices that this process makes pictures with; None where there is one, and nothing was said of others."""
+    import jax
+
+    from toprovar_jax.distributed.groups import devices_for
+    from toprovar_jax.distributed.mesh import AUTO
+    from toprovar_jax.hub import CARD
+    from toprovar_jax.model_card import ModelCard
+    from toprovar_jax.presets import PRESETS
+
+    if options.mesh is None and jax.device_count() == 1:
+        return None
+    precision = "exact" if jax.default_backend() == "cpu" else "fast"
+    card = ModelCard.read(weights / CARD, PRESETS).with_precision(precision)
+    return devices_for(options.mesh or AUTO, card, memory)
+
+
+def _group(devices: Any) -> Any:
+    if devices is None or not devices.shared:
+        return None
+    from toprovar_jax.distributed.groups import AllProcesses
+
+    return AllProcesses()
+
+
+def _follow(work: Any, interrupts: Interrupts) -> None:
+    """What a process does that shares its model with others, and does not lead them."""
+    from toprovar_jax.distributed.batch.run import follow
+    from toprovar_jax.distributed.groups import AllProcesses
+
+    with Stopping(interrupts):  # they are stopped together, and the leader says when
+        follow(work, AllProcesses())
 
 
 def _precision(pipeline: Any) -> str:
@@ -212,7 +249,9 @@ def _check_settings(request: BatchRequest, pipeline: Any) -> None:
     pipeline.resolve("a prompt", guidance_scale=settings.pop("guidance"), **settings)
 
 
-def _job(request: BatchRequest, options: BatchOptions, rows: PromptRows, pipeline: Any, weights: Any) -> dict[str, Any]:
+def _job(
+    request: BatchRequest, options: BatchOptions, rows: PromptRows, pipeline: Any, weights: Any, devices: Any
+) -> dict[str, Any]:
     """What the bytes of the pictures depend on; neither hosts nor workers, nor how devices share the work."""
     from toprovar_jax.evaluation_suites.manifest import fingerprint
 
@@ -222,6 +261,8 @@ def _job(request: BatchRequest, options: BatchOptions, rows: PromptRows, pipelin
         "weights": fingerprint(weights),
         "precision": _precision(pipeline),
         "quantization": pipeline.memory.quantization,
+        # Sums over devices round differently than sums on one.
+        "tensor_parts": 1 if devices is None else devices.mesh.tensor,
         "rows": rows.count,
         "bytes": rows.bytes,
         "sha256": rows.sha256,

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from toprovar_jax.distributed.choosing import mesh_for
-from toprovar_jax.distributed.mesh import AUTO, MeshSpec, parse_mesh
+from toprovar_jax.distributed.mesh import AUTO, MeshSpec, make_mesh, parse_mesh
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.memory_options import MemoryOptions
 from toprovar_jax.model_card import ModelCard
@@ -34,6 +35,10 @@ class Devices:
     def leader(self) -> bool:
         """Whether this process decides for those that share the model."""
         return not self.shared or jax.process_index() == 0
+
+    def made(self) -> Mesh:
+        """The mesh itself."""
+        return make_mesh(self.mesh, self.devices)
 
 
 def devices_for(wanted: str, card: ModelCard, memory: MemoryOptions) -> Devices:
@@ -68,7 +73,7 @@ def devices_for(wanted: str, card: ModelCard, memory: MemoryOptions) -> Devices:
     return Devices(spec, tuple(everything), len(own) < len(everything))
 
 
-def _sizes(mesh: jax.sharding.Mesh) -> MeshSpec:
+def _sizes(mesh: Mesh) -> MeshSpec:
     return MeshSpec(*mesh.devices.shape)
 
 

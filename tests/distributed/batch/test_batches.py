@@ -68,7 +68,7 @@ def test_seeds_count_up_from_the_rows_own_or_from_the_jobs():
 def test_calls_are_padded_with_the_last_picture_and_give_back_the_others():
     pipeline = PaintingPipeline()
     chunk = planned(*(row(number, f"p{number}") for number in range(3)), pipeline=pipeline, batch_size=2)
-    assert [len(batch.draw(pipeline)) for batch in chunk.batches] == [2, 1]
+    assert [len(draw([batch], pipeline, 1)[0]) for batch in chunk.batches] == [2, 1]
     assert [(prompts, seeds) for prompts, seeds, _ in pipeline.calls] == [(["p0", "p1"], [0, 1]), (["p2"] * 2, [2] * 2)]
     (batch,) = planned(row(0), padded=False).batches
     assert batch.size == 1
@@ -79,7 +79,7 @@ def test_negative_prompts_and_lists_reach_the_call():
     chunk = planned(
         *(row(k, negative_prompt=text, guidance=(1.0, 2.0)) for k, text in enumerate(["fog", "rain"])), batch_size=3
     )
-    chunk.batches[0].draw(pipeline)
+    draw(chunk.batches[:1], pipeline, 1)
     options = pipeline.calls[0][2]
     assert (options["negative_prompt"], options["guidance_scale"]) == (["fog", "rain", "rain"], [1.0, 2.0])
 

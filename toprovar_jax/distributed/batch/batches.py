@@ -50,14 +50,14 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """Pictures that are made in one call.
+    """Pictures that one copy of the model makes together.
 
     Attributes:
       name: within its chunk.
       key: equal for batches that run the same programs.
       pictures: what is to be made.
       plan: what will be computed of each.
-      size: how many pictures the call has; those beyond ``pictures`` are repetitions of the last, to be thrown away.
+      size: how many pictures are computed; those beyond ``pictures`` are repetitions of the last, to be thrown away.
     """
 
     name: str
@@ -71,26 +71,53 @@ class Batch:
         """Tokens that the longest of its texts may have: one of a few lengths."""
         return self.key[-1]
 
-    def draw(self, pipeline: Any) -> Any:
-        """Calls the pipeline; returns the pixels of ``pictures``, float in [0, 1], ``[B, h, w, 3]``.
+    @property
+    def padded(self) -> list[Wanted]:
+        """``pictures`` and the repetitions."""
+        return [*self.pictures, *[self.pictures[-1]] * (self.size - len(self.pictures))]
 
-        Raises:
-          UserInputError: the pipeline refuses, which after the checks of :class:`Planner` means the device's memory.
-        """
-        padded = [*self.pictures, *[self.pictures[-1]] * (self.size - len(self.pictures))]
-        first = self.pictures[0]
-        arguments = {
-            name: list(value) if isinstance(value, tuple) else value for name, value in first.arguments.items()
-        }
-        if first.negative_prompt is not None:
-            arguments["negative_prompt"] = [picture.negative_prompt for picture in padded]
-        output = pipeline(
-            [picture.prompt for picture in padded],
-            seed=[picture.seed for picture in padded],
-            output_type="np",
-            **arguments,
-        )
-        return output.images[: len(self.pictures)]
+
+def draw(batches: Sequence[Batch], pipeline: Any, copies: int) -> list[Any]:
+    """Calls the pipeline once for batches of one key; each is made by a copy of the model on its own devices.
+
+    Args:
+      batches: at most as many as there are copies.
+      pipeline: cuts a call's pictures into equal parts, one per copy.
+      copies: how many there are.
+
+    Returns:
+      Per batch the pixels of its ``pictures``, float in [0, 1], ``[B, h, w, 3]``.
+
+    Raises:
+      UserInputError: the pipeline refuses, which after the checks of :class:`Planner` means the device's memory.
+    """
+    first, wanted = batches[0].pictures[0], [picture for batch in batches for picture in batch.padded]
+    if len({batch.size for batch in batches}) == 1:
+        # Copies without a batch of their own repeat a picture, so that the others' parts are as large as ever.
+        wanted += [wanted[-1]] * ((copies - len(batches)) * batches[0].size)
+    arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in first.arguments.items()}
+    if first.negative_prompt is not None:
+        arguments["negative_prompt"] = [picture.negative_prompt for picture in wanted]
+    output = pipeline(
+        [picture.prompt for picture in wanted],
+        seed=[picture.seed for picture in wanted],
+        output_type="np",
+        text_length=batches[0].text_length,
+        **arguments,
+    )
+    images, start = [], 0
+    for batch in batches:
+        images.append(output.images[start : start + len(batch.pictures)])
+        start += batch.size
+    return images
+
+
+def calls_of(batches: Iterable[Batch], copies: int) -> list[list[Batch]]:
+    """Batches in their order, those of one key together, as many as there are copies of the model to make them."""
+    alike: dict[Any, list[Batch]] = collections.defaultdict(list)
+    for batch in batches:
+        alike[batch.key].append(batch)
+    return [found[start : start + copies] for found in alike.values() for start in range(0, len(found), copies)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +133,14 @@ class Planner:
     """Makes batches of rows.
 
     Attributes:
-      batch_size: pictures per call.
+      batch_size: pictures that a copy of the model makes together.
 
     Args:
       pipeline: whose ``resolve`` judges settings and tokenises prompts.
       settings: of rows that say nothing else, by the names of :data:`toprovar_jax.settings.SETTINGS`; None where the
         model's default holds.
-      batch_size: pictures per call.
-      padded: whether every call has that many, so that no other size is compiled.
+      batch_size: as above.
+      padded: whether every batch computes that many, so that no other size is compiled.
       cut_long_prompts: whether prompts of more tokens than the model reads are cut; else their rows are broken.
     """
 

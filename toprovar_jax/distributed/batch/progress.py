@@ -6,7 +6,7 @@ import collections
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from toprovar_jax.distributed.batch.batches import Batch, padding_of
@@ -56,17 +56,18 @@ class Progress:
         return len(self._seen)
 
     @contextlib.contextmanager
-    def drawing(self, batch: Batch) -> Iterator[None]:
-        """While a batch is on the device; the first of its kind is compiling, which may take long."""
+    def drawing(self, batches: Sequence[Batch]) -> Iterator[None]:
+        """While batches of one kind are on the device; the first of a kind are compiling, which may take long."""
+        kind = batches[0].key
         with self._lock:
-            self._compiling, self._at_work, self._state = batch.key not in self._seen, True, "making"
+            self._compiling, self._at_work, self._state = kind not in self._seen, True, "making"
             self._last = self._clock()
         try:
             yield
         finally:
             with self._lock:
-                self._seen.add(batch.key)
-                made, thrown = padding_of([batch])
+                self._seen.add(kind)
+                made, thrown = padding_of(batches)
                 self._drawn += made
                 self.thrown += thrown
                 self._compiling, self._last = False, self._clock()

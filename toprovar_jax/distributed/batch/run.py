@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-from toprovar_jax.distributed.batch.batches import FAILED_ROWS, Batch, Wanted
+from toprovar_jax.distributed.batch.batches import FAILED_ROWS, Batch, Wanted, calls_of, draw
 from toprovar_jax.distributed.batch.encoding import encode_picture
 from toprovar_jax.distributed.batch.group import Group, SingleProcess
 from toprovar_jax.distributed.batch.handover import Halt, Halted, Handover, in_thread
@@ -48,17 +48,17 @@ class _Stopped(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """What is handed from thread to thread: a batch of a claimed chunk, or the chunk's end.
+    """What is handed from thread to thread: batches of a claimed chunk, results of one, or the chunk's end.
 
     Attributes:
       claim: of the chunk.
-      batch: what is to be drawn; None: nothing.
+      batches: what is to be drawn in one call; none: nothing.
       name: under which the results are committed; None: the chunk has no more batches.
       results: what is to be committed, or what will be.
     """
 
     claim: Claim
-    batch: Batch | None = None
+    batches: tuple[Batch, ...] = ()
     name: str | None = None
     results: tuple[Any, ...] = ()
 
@@ -113,8 +113,6 @@ class BatchRun:
           Exception: whatever else went wrong in any thread. In every case what is committed stays, and claims are
             given back.
         """
-        if not self._group.leader:
-            return self._follow()
         self._check_failures()
         threads = [
             in_thread(self._prepare, self._preparing, "prepare"),
@@ -149,21 +147,6 @@ class BatchRun:
             with contextlib.suppress(OSError):  # a lease that cannot be given back runs out
                 self._held.pop(chunk).release()
 
-    def _follow(self) -> Outcome:
-        """A member that is not the leader: draws what it is told to."""
-        number, chunk = None, None
-        while True:
-            told = json.loads(self._group.agree(None))
-            if told["chunk"] is None:
-                self._work.rows.close()
-                return "left to others"
-            if told["chunk"] != number:
-                number, chunk = told["chunk"], self._work.of(told["chunk"])
-            batch = next(batch for batch in chunk.batches if batch.name == told["batch"]) if chunk else None
-            if batch is not None:
-                with contextlib.suppress(UserInputError):  # the leader gets the same, and decides what it means
-                    batch.draw(self._work.pipeline)
-
     def _prepare(self) -> None:
         for claim in self._claims():
             chunk = self._work.of(claim.chunk)
@@ -172,9 +155,9 @@ class BatchRun:
             if chunk.broken and FAILED_ROWS not in done:
                 results = tuple(_failed(row) for row in chunk.broken)
                 self._prepared.put(_Step(claim, name=FAILED_ROWS, results=results))
-            for batch in chunk.batches:
-                if batch.name not in done:
-                    self._prepared.put(_Step(claim, batch, batch.name))
+            missing = (batch for batch in chunk.batches if batch.name not in done)
+            for call in calls_of(missing, self._work.copies):
+                self._prepared.put(_Step(claim, tuple(call)))
             self._prepared.put(_Step(claim))
         self._prepared.put(None)
 
@@ -218,13 +201,14 @@ class BatchRun:
     def _draw(self) -> None:
         """The caller's thread: the device's work."""
         while (step := self._prepared.get(self._check_stop)) is not None:
-            batch = step.batch
-            if batch is None:
+            if not step.batches:
                 self._made.put(step)
             elif step.claim.chunk not in self._lost:
                 self._check_stop()
-                self._group.agree(json.dumps({"chunk": step.claim.chunk, "batch": batch.name}).encode())
-                self._made.put(dataclasses.replace(step, results=self._results(batch)))
+                names = [batch.name for batch in step.batches]
+                self._group.agree(json.dumps({"chunk": step.claim.chunk, "batches": names}).encode())
+                for name, results in zip(names, self._results(step.batches), strict=True):
+                    self._made.put(_Step(step.claim, name=name, results=results))
 
     def _check_stop(self) -> None:
         if self._committing:  # nothing can be committed any more
@@ -232,17 +216,19 @@ class BatchRun:
         if self._stopping():
             raise _Stopped
 
-    def _results(self, batch: Batch) -> tuple[Any, ...]:
+    def _results(self, batches: Sequence[Batch]) -> list[tuple[Any, ...]]:
         """Pictures as the encoding threads will have made them; failures if the pipeline refuses rows' own settings."""
-        with self._progress.drawing(batch):
+        with self._progress.drawing(batches):
             try:
-                images = batch.draw(self._work.pipeline)
+                drawn = draw(batches, self._work.pipeline, self._work.copies)
             except UserInputError as error:
-                if not all(picture.own for picture in batch.pictures):
+                if not all(picture.own for batch in batches for picture in batch.pictures):
                     raise
-                return tuple(_refused(picture, error) for picture in batch.pictures)
-        pairs = zip(batch.pictures, images, strict=True)
-        return tuple(self._encoders.submit(self._encode, picture, image) for picture, image in pairs)
+                return [tuple(_refused(picture, error) for picture in batch.pictures) for batch in batches]
+        return [
+            tuple(self._encoders.submit(self._encode, *pair) for pair in zip(batch.pictures, images, strict=True))
+            for batch, images in zip(batches, drawn, strict=True)
+        ]
 
     def _encode(self, wanted: Wanted, image: Any) -> Picture | Failure:
         recipe = recipe_of(self._work.pipeline, wanted.prompt, wanted.seed, wanted.size, wanted.arguments)
@@ -283,6 +269,23 @@ class BatchRun:
             failures = self._ledger.failures()
             if failures > self._max_failures:
                 raise TooManyFailures(f"{failures} rows have failed, more than --max-failures {self._max_failures}")
+
+
+def follow(work: Work, group: Group) -> None:
+    """The part of a process that shares the model with its group's leader: draws what it is told to.
+
+    Args:
+      work: the same as the leader's.
+      group: whose leader runs a :class:`BatchRun`.
+    """
+    number, batches = None, ()
+    while (told := json.loads(group.agree(None)))["chunk"] is not None:
+        if told["chunk"] != number:
+            number = told["chunk"]
+            batches = work.of(number).batches
+        with contextlib.suppress(UserInputError):  # the leader gets the same, and decides what it means
+            draw([batch for batch in batches if batch.name in told["batches"]], work.pipeline, work.copies)
+    work.rows.close()
 
 
 def _failed(row: BrokenRow) -> Failure:
