@@ -178,7 +178,7 @@ def attention_of(card: ModelCard, plan: GenerationPlan) -> AttentionKind:
 
 def device_limit() -> int | None:
     """Bytes that the first device lets a process have; None where it does not tell, as a CPU."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def predict(

@@ -100,7 +100,7 @@ class Placement:
 
     def _given(self, target: str, shape: tuple[int, ...]) -> Sharding:
         if self._shardings is None:
-            return SingleDeviceSharding(jax.devices()[0])
+            return SingleDeviceSharding(jax.local_devices()[0])
         return self._shardings(f"{self.network}.{target}", shape)
 
     def _lends(self, target: str) -> bool:
@@ -145,7 +145,7 @@ def _like_matrix(sharding: Sharding) -> tuple[Sharding, Sharding]:
 
 
 def _check_host_memory() -> None:
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
         raise UserInputError(
             f"stream_blocks on {device.device_kind}", "needs a device that can read host memory", "leave it out"
