@@ -34,11 +34,13 @@ class Plan:
 class PaintingPipeline:
     """Called like InfinityPipeline.
 
-    A picture also depends on the others of its call, as in a product of a whole batch: so other batches are seen.
+    A picture also depends on the others of its call that the same copy makes, as in a product of a whole batch: so
+    other batches are seen.
     The word "nan" in a prompt spoils its picture, "refused" makes the call refuse; a prompt has a token per word.
 
     Args:
       precision: as the model's card says.
+      copies: into how many parts a call is cut.
       before: is called before every call, with its number.
     """
 
@@ -46,7 +48,8 @@ class PaintingPipeline:
     default_guidance, default_tau, default_top_k, default_top_p, default_pixels = 3.0, 1.0, 900, 0.97, "tiny"
     memory = ON_DEVICE
 
-    def __init__(self, *, precision: str = "fast", before: Callable[[int], object] = int):
+    def __init__(self, *, precision: str = "fast", copies: int = 1, before: Callable[[int], object] = int):
+        self.copies = copies
         self.card = types.SimpleNamespace(transformer=types.SimpleNamespace(precision=precision))
         self.before = before
         self.calls: list[tuple[list[str], list[int], dict[str, Any]]] = []
@@ -83,10 +86,15 @@ class PaintingPipeline:
         if any("refused" in prompt for prompt in prompts):
             raise UserInputError("1M", "needs more memory than there is", "choose less")
         width = SIDE if options["aspect_ratio"] == "1:1" else 2 * SIDE
-        company = zlib.crc32(repr((prompts, seed, sorted(options.items(), key=str))).encode())
-        images = np.stack(
-            [np.random.default_rng((company, place)).random((SIDE, width, 3), np.float32) for place in range(len(seed))]
-        )
+        negatives = options.pop("negative_prompt", None) or [None] * len(seed)
+        share, images = len(seed) // self.copies, []
+        for start in range(0, len(seed), share):
+            part = slice(start, start + share)
+            own = (prompts[part], seed[part], negatives[part], sorted(options.items(), key=str))
+            company = zlib.crc32(repr(own).encode())
+            generators = (np.random.default_rng((company, place)) for place in range(share))
+            images += [generator.random((SIDE, width, 3), np.float32) for generator in generators]
+        images = np.stack(images)
         for place, prompt in enumerate(prompts):
             if "nan" in prompt:
                 images[place, 0, 0, 0] = np.nan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toprovar_jax.distributed.batch.batches import Planner, padding_of
+from toprovar_jax.distributed.batch.batches import Planner, calls_of, draw, padding_of
 from toprovar_jax.distributed.batch.rows import BrokenRow, Row
 
 from .painting import SETTINGS, PaintingPipeline
@@ -72,6 +72,20 @@ def test_calls_are_padded_with_the_last_picture_and_give_back_the_others():
     assert [(prompts, seeds) for prompts, seeds, _ in pipeline.calls] == [(["p0", "p1"], [0, 1]), (["p2"] * 2, [2] * 2)]
     (batch,) = planned(row(0), padded=False).batches
     assert batch.size == 1
+
+
+def test_copies_of_the_model_get_a_batch_each_and_those_left_over_repeat_a_picture():
+    pipeline = PaintingPipeline()
+    rows = [row(number, f"p{number}", pixels="1M" if number == 1 else None) for number in range(6)]
+    chunk = planned(*rows, pipeline=pipeline, batch_size=2)
+    calls = calls_of(chunk.batches, 2)
+    assert [[[one.prompt for one in batch.pictures] for batch in call] for call in calls] == [
+        [["p0", "p2"], ["p3", "p4"]],
+        [["p5"]],
+        [["p1"]],
+    ]
+    assert [[len(images) for images in draw(call, pipeline, 2)] for call in calls] == [[2, 2], [1], [1]]
+    assert [prompts for prompts, _, _ in pipeline.calls] == [["p0", "p2", "p3", "p4"], ["p5"] * 4, ["p1"] * 4]
 
 
 def test_negative_prompts_and_lists_reach_the_call():

@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import json
+import queue
 import threading
 
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from toprovar_jax.distributed.batch.batches import Planner
 from toprovar_jax.distributed.batch.ledger import Ledger
 from toprovar_jax.distributed.batch.progress import Progress
 from toprovar_jax.distributed.batch.rows import PromptRows
-from toprovar_jax.distributed.batch.run import BatchRun, TooManyFailures
+from toprovar_jax.distributed.batch.run import BatchRun, TooManyFailures, follow
 from toprovar_jax.distributed.batch.storage import open_storage
 from toprovar_jax.distributed.batch.work import Work
 from toprovar_jax.errors import UserInputError
@@ -49,7 +50,7 @@ def worker(prompts, out, *, pipeline=None, layout="files", lease=30.0, **options
     """A run that is ready to begin, and what it counts."""
     pipeline = pipeline or PaintingPipeline()
     rows = PromptRows(prompts)
-    work = Work(rows, Planner(pipeline, SETTINGS, batch_size=BATCH), pipeline, CHUNK)
+    work = Work(rows, Planner(pipeline, SETTINGS, batch_size=BATCH), pipeline, CHUNK, pipeline.copies)
     ledger = Ledger(open_storage(str(out)), layout=layout, worker=next(NAMES), lease_seconds=lease)
     ledger.open({"rows": rows.count, "sha256": rows.sha256})
     progress = Progress()
@@ -293,3 +294,35 @@ class Member:
         message = self.pair.message
         self.pair.heard.release()
         return message
+
+
+def test_copies_that_work_side_by_side_change_no_byte(prompts, tmp_path, undisturbed):
+    run, _ = worker(prompts, tmp_path / "out", pipeline=PaintingPipeline(copies=3))
+    assert run.run() == "finished"
+    assert content(tmp_path / "out") == undisturbed["files"].content
+
+
+class _Told:
+    """A group of two threads."""
+
+    def __init__(self, messages, *, leader):
+        self.messages, self.leader = messages, leader
+
+    def agree(self, message):
+        if message is not None:
+            self.messages.put(message)
+            return message
+        return self.messages.get(timeout=30)
+
+
+def test_members_of_a_group_make_the_leaders_calls_in_its_order(prompts, tmp_path, undisturbed):
+    messages, led, following = queue.Queue(), PaintingPipeline(), PaintingPipeline()
+    work = Work(PromptRows(prompts), Planner(following, SETTINGS, batch_size=BATCH), following, CHUNK)
+    member = threading.Thread(target=follow, args=(work, _Told(messages, leader=False)))
+    member.start()
+    group = _Told(messages, leader=True)
+    run, _ = worker(prompts, tmp_path / "out", pipeline=led, group=group, first_chunk=2)
+    assert run.run() == "finished"
+    member.join(30)
+    assert following.calls == led.calls
+    assert content(tmp_path / "out") == undisturbed["files"].content
