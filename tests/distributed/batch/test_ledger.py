@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from toprovar_jax.distributed.batch.ledger import Ledger
+from toprovar_jax.distributed.batch.remote_storage import RemoteStorage
 from toprovar_jax.distributed.batch.storage import open_storage
 from toprovar_jax.errors import UserInputError
 
@@ -23,8 +24,11 @@ from .toy import BATCHES, CHUNKS, JOB, content, ledger, memory, output, results,
 LAYOUTS = pytest.mark.parametrize("layout", ["files", "tar"])
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "objects", "folders"])
 def storage(request, tmp_path):
+    """A disk, an object store, and a file system with folders behind fsspec."""
+    if request.param == "folders":
+        return RemoteStorage(f"file://{tmp_path}/a/run")
     return open_storage(str(tmp_path / "a" / "run")) if request.param == "local" else memory()
 
 

@@ -17,14 +17,18 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from toprovar_jax.distributed.batch import processes
+from toprovar_jax.distributed.batch.remote_storage import RemoteStorage
 from toprovar_jax.distributed.batch.storage import open_storage
 from toprovar_jax.errors import UserInputError
 
 from .toy import memory
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "objects", "folders"])
 def storage(request, tmp_path):
+    """A disk, an object store, and a file system with folders behind fsspec."""
+    if request.param == "folders":
+        return RemoteStorage(f"file://{tmp_path}/a/run")
     return open_storage(str(tmp_path / "a" / "run")) if request.param == "local" else memory()
 
 
