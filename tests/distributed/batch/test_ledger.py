@@ -14,7 +14,7 @@ import tarfile
 import pyarrow.parquet as pq
 import pytest
 
-from toprovar_jax.distributed.batch.ledger import Ledger
+from toprovar_jax.distributed.batch.ledger import Failure, Ledger, Picture
 from toprovar_jax.distributed.batch.remote_storage import RemoteStorage
 from toprovar_jax.distributed.batch.storage import open_storage
 from toprovar_jax.errors import UserInputError
@@ -238,6 +238,17 @@ def test_a_run_is_finished_when_every_chunk_is_complete():
     assert not storage.exists("manifest.parquet")
     assert work(worker)
     assert worker.finish(CHUNKS)
+
+
+@LAYOUTS
+def test_text_that_no_file_can_hold_is_recorded_all_the_same(storage, layout):
+    claim, half = ledger(storage, layout).claim(0), "half \ud83d\0"
+    picture = Picture(0, 0, half, half, 7, {"prompt": half}, b"x")
+    claim.commit("b0", [picture, Failure(1, 0, half, half, f"prompt {half}: is not text")])
+    claim.complete()
+    rows = pq.read_table(io.BytesIO(storage.read("manifest/000000.parquet"))).to_pylist()
+    assert [(row["id"], row["prompt"]) for row in rows] == [("half ?\0", "half ?\0")] * 2
+    assert rows[1]["reason"] == "prompt half ?\0: is not text"
 
 
 def test_a_chunk_of_failures_alone_has_no_shard():
