@@ -1,6 +1,6 @@
 """Kills the workers of a batch run at random moments, and sees that every picture is made, once, and as it should be.
 
-    python benchmarks/batch_kills.py [--pictures 10000] [--kills 50] [--layouts files tar] [--command WORD ...]
+    python benchmarks/batch_kills.py [--pictures 10000] [--kills 50] [--layouts files tar] [--command ...]
 
 Makes the pictures with four workers that are left alone, then again with workers of which one, some or all are killed
 (SIGKILL) at random moments, followed by new ones so that one to four are at work. Now and then one is stopped for
@@ -32,7 +32,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "batch_kills.json"
 MOST_WORKERS = 4
-LEASE_SECONDS = 2.0
 STOP_EVERY = 10
 """At how many kills all are killed, and one of two new workers is stopped for longer than its claims hold."""
 REFUSED_EVERY = 1000
@@ -46,6 +45,7 @@ class Workers:
 
     def __init__(self, command: Sequence[str], values: dict[str, Any], errors: Path) -> None:
         self._command, self._values, self._errors = command, values, errors
+        self.lease: float = values["lease"]
         self.running: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, count: int) -> None:
@@ -136,7 +136,7 @@ def disturbed(workers: Workers, draw: random.Random, kills: int, chunks: int, se
         if stop:
             one = workers.running[draw.choice(sorted(workers.running))]
             one.send_signal(signal.SIGSTOP)
-            time.sleep(1.5 * LEASE_SECONDS)
+            time.sleep(1.5 * workers.lease)
             one.send_signal(signal.SIGCONT)
             done["stopped"] += 1
     finish(workers)
@@ -195,9 +195,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--layouts", nargs="+", default=["files", "tar"])
     parser.add_argument("--folder", type=Path, help="where to work; default: the system's place for temporary files")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--command", nargs="+", default=FAKE, help="a worker's command line")
+    parser.add_argument("--lease", type=float, default=2.0, help="seconds for which claims hold")
+    parser.add_argument("--command", nargs=argparse.REMAINDER, default=FAKE, help="a worker's command line; comes last")
     options = parser.parse_args(words)
-    report = {"pictures": options.pictures, "chunk_rows": options.chunk, "lease_seconds": LEASE_SECONDS, "layouts": {}}
+    report = {"pictures": options.pictures, "chunk_rows": options.chunk, "lease_seconds": options.lease, "layouts": {}}
     chunks, good = -(-(options.pictures + len(range(0, options.pictures, REFUSED_EVERY))) // options.chunk), True
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -207,7 +208,7 @@ def main(words: Sequence[str] | None = None) -> int:
         prompts = folder / "prompts.jsonl"
         prompts.write_text("\n".join(lines))
         for layout in options.layouts:
-            values = {"prompts": prompts, "layout": layout, "chunk": options.chunk, "lease": LEASE_SECONDS}
+            values = {"prompts": prompts, "layout": layout, "chunk": options.chunk, "lease": options.lease}
             runs = {
                 out: Workers(options.command, values | {"out": folder / layout / out}, folder / "errors.txt")
                 for out in ("alone", "killed")

@@ -21,8 +21,8 @@ def kills(monkeypatch):
 
 @pytest.mark.parametrize("layout", ["files", "tar"])
 def test_killed_workers_lose_nothing_and_make_nothing_twice(kills, layout, tmp_path):
-    words = ["--pictures", "300", "--kills", "6", "--chunk", "20", "--layouts", layout]
-    assert kills.main([*words, "--folder", str(tmp_path), "--results", str(tmp_path / "results.json")]) == 0
+    words = ["--pictures", "300", "--kills", "6", "--chunk", "20", "--layouts", layout, "--folder", str(tmp_path)]
+    assert kills.main([*words, "--results", str(tmp_path / "results.json"), "--command", *kills.FAKE]) == 0
     report = json.loads((tmp_path / "results.json").read_text())["layouts"][layout]
     assert report["kills"]["processes"] >= report["kills"]["moments"] >= 1
     assert set(report["faults"].values()) == {0}

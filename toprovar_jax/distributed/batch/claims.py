@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import datetime
 import errno
+import json
 import re
 from collections.abc import Mapping, Sequence
 
 from toprovar_jax.distributed.batch import manifest, names, shards
 from toprovar_jax.distributed.batch.leases import Lease, Leases
-from toprovar_jax.distributed.batch.results import Failure, Layout, Picture, Record, decode, encode, record_of, sha256
+from toprovar_jax.distributed.batch.results import (
+    Failure,
+    Layout,
+    Picture,
+    Record,
+    decode,
+    encode,
+    record_of,
+    sha256,
+    writable,
+)
 from toprovar_jax.distributed.batch.storage import Storage
 
 
@@ -57,7 +68,8 @@ class Claim:
             files = {}
             for key, it in pictures.items():
                 about = {"key": key, "id": it.id, "prompt": it.prompt, "seed": it.seed, "recipe": dict(it.recipe)}
-                files |= shards.members(key, it.content, it.prompt, about)
+                described = writable(json.dumps(about, ensure_ascii=False, sort_keys=True))
+                files |= shards.members(key, it.content, writable(it.prompt), described)
             self._storage.write(archive, b"".join(shards.pieces(files)))
         else:
             self._storage.write_all({names.picture(self.chunk, key): it.content for key, it in pictures.items()})

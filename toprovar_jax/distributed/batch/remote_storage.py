@@ -16,7 +16,7 @@ import datetime
 import itertools
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from toprovar_jax.distributed.batch.storage import Entries, Entry, Storage, Writable
@@ -49,7 +49,8 @@ class RemoteStorage(Storage):
 
     def write(self, name: str, content: bytes) -> None:
         """Uploads a file as a whole."""
-        self._files.pipe_file(self._path(name), content)
+        path = self._path(name)
+        self._in_folder(path, lambda: self._files.pipe_file(path, content))
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Writable]:
@@ -57,7 +58,8 @@ class RemoteStorage(Storage):
         with tempfile.NamedTemporaryFile() as copy:
             with open(copy.name, "wb") as file:
                 yield file
-            self._files.put_file(copy.name, self._path(name))
+            path = self._path(name)
+            self._in_folder(path, lambda: self._files.put_file(copy.name, path))
 
     def write_all(self, files: Mapping[str, bytes]) -> None:
         """Uploads many at a time."""
@@ -68,8 +70,9 @@ class RemoteStorage(Storage):
         """Uploads on condition that there is no such file, as far as the store can."""
         # Some file systems take the word "create" and write over what is there all the same.
         if not self.exists(name):
+            path = self._path(name)
             try:
-                self._files.pipe_file(self._path(name), content, mode="create")
+                self._in_folder(path, lambda: self._files.pipe_file(path, content, mode="create"))
             except FileExistsError:
                 pass
             except (NotImplementedError, ValueError, TypeError):
@@ -141,6 +144,14 @@ class RemoteStorage(Storage):
             return _modified(self._files.info(self._path(name)))
         finally:
             self.remove(name)
+
+    def _in_folder(self, path: str, action: Callable[[], object]) -> None:
+        """Does what needs the folder of ``path``: object stores have none, remote file systems want it made."""
+        try:
+            action()
+        except FileNotFoundError:
+            self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
+            action()
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}".rstrip("/")

@@ -65,14 +65,14 @@ def record_of(result: Picture | Failure, chunk: int, layout: Layout, time: str) 
     """
     key = names.key(result.row, result.image)
     record: Record = dict.fromkeys(manifest.COLUMNS)
-    record |= {"row": result.row, "image": result.image, "id": result.id, "key": key, "prompt": result.prompt}
-    record |= {"time": time}
+    record |= {"row": result.row, "image": result.image, "key": key, "time": time}
+    record |= {"id": writable(result.id), "prompt": writable(result.prompt)}
     if isinstance(result, Failure):
-        return record | {"status": "failed", "reason": " ".join(result.reason.split())}
+        return record | {"status": "failed", "reason": writable(" ".join(result.reason.split()))}
     return record | {
         "file": f"{names.shard(chunk)}:{key}.png" if layout == "tar" else names.picture(chunk, key),
         "seed": result.seed,
-        "recipe": json.dumps(dict(result.recipe), ensure_ascii=False, sort_keys=True),
+        "recipe": writable(json.dumps(dict(result.recipe), ensure_ascii=False, sort_keys=True)),
         "sha256": sha256(result.content),
         "bytes": len(result.content),
         "status": "made",
@@ -94,6 +94,11 @@ def decode(content: bytes | None) -> list[Record] | None:
         isinstance(record, dict) and record.keys() == manifest.COLUMNS.keys() for record in records
     )
     return records if good else None
+
+
+def writable(text: str) -> str:
+    """``text`` as UTF-8 can hold it: JSON can name halves of characters, which become question marks."""
+    return text.encode(errors="replace").decode()
 
 
 def sha256(content: bytes) -> str:

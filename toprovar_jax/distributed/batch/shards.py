@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import tarfile
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 
-def members(key: str, picture: bytes, prompt: str, about: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files of one picture by name: ``.json``, ``.png`` and ``.txt``, all named by ``key``."""
-    described = json.dumps(dict(about), ensure_ascii=False, sort_keys=True)
-    return {f"{key}.json": described.encode(), f"{key}.png": picture, f"{key}.txt": prompt.encode()}
+def members(key: str, picture: bytes, prompt: str, about: str) -> dict[str, bytes]:
+    """The files of one picture: ``.png``, ``.txt`` with its prompt and ``.json`` with what is known about it."""
+    return {f"{key}.json": about.encode(), f"{key}.png": picture, f"{key}.txt": prompt.encode()}
 
 
 def pieces(files: Mapping[str, bytes]) -> Iterator[bytes]:
