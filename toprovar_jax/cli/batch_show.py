@@ -43,7 +43,7 @@ def show(work: Any, *, as_json: bool) -> None:
             "width": batch.pictures[0].size[1],
             "text_length": batch.text_length,
             "negative_prompt": batch.pictures[0].negative_prompt is not None,
-            "plan": batch.plan.as_dict() if as_json else str(batch.plan),
+            "plan": batch.request.plan.as_dict() if as_json else str(batch.request.plan),
         }
         for key, batch in first.items()
     ]

@@ -31,6 +31,10 @@ class Plan:
         return dataclasses.asdict(self)
 
 
+class Request(types.SimpleNamespace):
+    """What a call was resolved to."""
+
+
 class PaintingPipeline:
     """Called like InfinityPipeline.
 
@@ -67,7 +71,8 @@ class PaintingPipeline:
             negative_lengths=None if negatives is None else np.array([len(text.split()) + 1 for text in negatives]),
         )
         guidance = options.get("guidance_scale")
-        return types.SimpleNamespace(
+        return Request(
+            call=(prompts, options.pop("seed", None), options),
             plan=Plan(options["policy"], None),
             sampling=(self.default_guidance if guidance is None else guidance, options.get("tau")),
             size=(SIDE, SIDE if options["aspect_ratio"] == "1:1" else 2 * SIDE),
@@ -76,7 +81,8 @@ class PaintingPipeline:
             warnings=tuple(f"{text!r} is about cats" for text in prompts if "cat" in text),
         )
 
-    def __call__(self, prompts: list[str], *, seed: list[int], output_type: str, **options: Any) -> PipelineOutput:
+    def __call__(self, request: Request, *, output_type: str) -> PipelineOutput:
+        prompts, seed, options = request.call
         self.before(len(self.calls))
         with self._lock:
             self.calls.append((prompts, seed, options))

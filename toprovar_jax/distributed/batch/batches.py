@@ -56,14 +56,14 @@ class Batch:
       name: within its chunk.
       key: equal for batches that run the same programs.
       pictures: what is to be made.
-      plan: what will be computed of each.
+      request: what the pipeline made of the whole call, ahead of it.
       size: how many pictures the call has; those beyond ``pictures`` are repetitions of the last, to be thrown away.
     """
 
     name: str
     key: tuple[Any, ...]
     pictures: tuple[Wanted, ...]
-    plan: Any
+    request: Any
     size: int
 
     @property
@@ -77,19 +77,7 @@ class Batch:
         Raises:
           UserInputError: the pipeline refuses, which after the checks of :class:`Planner` means the device's memory.
         """
-        padded = [*self.pictures, *[self.pictures[-1]] * (self.size - len(self.pictures))]
-        first = self.pictures[0]
-        arguments = {
-            name: list(value) if isinstance(value, tuple) else value for name, value in first.arguments.items()
-        }
-        if first.negative_prompt is not None:
-            arguments["negative_prompt"] = [picture.negative_prompt for picture in padded]
-        output = pipeline(
-            [picture.prompt for picture in padded],
-            seed=[picture.seed for picture in padded],
-            output_type="np",
-            **arguments,
-        )
+        output = pipeline(self.request, output_type="np")
         return output.images[: len(self.pictures)]
 
 
@@ -149,7 +137,7 @@ class Planner:
         return Chunk(self._batches(resolved), tuple(broken), tuple(dict.fromkeys(warnings)))
 
     def _batches(self, resolved: Sequence[tuple[Row, Any, int]]) -> tuple[Batch, ...]:
-        groups: dict[tuple[Any, ...], list[tuple[Wanted, Any]]] = collections.defaultdict(list)
+        groups: dict[tuple[Any, ...], list[Wanted]] = collections.defaultdict(list)
         for row, request, place in resolved:
             arguments = self._arguments(row)
             key = (
@@ -160,15 +148,26 @@ class Planner:
                 request.negative_prompts is not None,
                 _text_bucket(request.tokens, place),
             )
-            groups[key] += [(picture, request.plan) for picture in self._pictures(row, request, arguments)]
+            groups[key] += self._pictures(row, request, arguments)
         batches = []
         for key, members in groups.items():
             for start in range(0, len(members), self.batch_size):
-                part = members[start : start + self.batch_size]
+                part = tuple(members[start : start + self.batch_size])
                 size = self.batch_size if self._padded else len(part)
-                pictures = tuple(picture for picture, _ in part)
-                batches.append(Batch(f"{len(batches):04d}", key, pictures, part[0][1], size))
+                batches.append(Batch(f"{len(batches):04d}", key, part, self._call(part, size), size))
         return tuple(batches)
+
+    def _call(self, pictures: Sequence[Wanted], size: int) -> Any:
+        """The request for some pictures, the last of which is repeated up to ``size``."""
+        padded = [*pictures, *[pictures[-1]] * (size - len(pictures))]
+        arguments = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in pictures[0].arguments.items()
+        }
+        if pictures[0].negative_prompt is not None:
+            arguments["negative_prompt"] = [picture.negative_prompt for picture in padded]
+        return self._pipeline.resolve(
+            [picture.prompt for picture in padded], seed=[picture.seed for picture in padded], **arguments
+        )
 
     def _pictures(self, row: Row, request: Any, arguments: Mapping[str, Any]) -> list[Wanted]:
         settings = {**self._settings, **row.settings}
