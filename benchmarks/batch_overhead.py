@@ -64,7 +64,7 @@ class SleepingPipeline(InfinityPipeline):
         self.seconds_per_call, self.calls = seconds, 0
 
     def __call__(self, prompt: Any, *, output_type: Any = "np", **options: Any) -> PipelineOutput:
-        request = self.resolve(prompt, **options)
+        request = self._request(prompt, options)
         time.sleep(self.seconds_per_call)
         self.calls += 1
         return PipelineOutput(

@@ -71,6 +71,10 @@ def test_pictures_come_as_asked(pipe, batch):
         assert np.array_equal(np.asarray(arrays), batch.images[:count])
 
 
+def test_what_was_resolved_before_gives_the_same_pictures(pipe, batch):
+    assert same(pipe(pipe.resolve(BATCH, seed=SEEDS), output_type="np"), batch)
+
+
 def test_what_made_the_pictures_comes_with_them(pipe, batch):
     assert batch.prompts == tuple(BATCH)
     assert batch.seeds == tuple(SEEDS)

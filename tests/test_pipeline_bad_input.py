@@ -163,3 +163,8 @@ def test_numbers_that_float32_cannot_carry_are_refused(cold, option):
 def test_warmup_names_a_bad_batch_size(cold, size):
     with pytest.raises(UserInputError, match="batch_size"):
         cold.warmup(batch_size=size)
+
+
+def test_options_beside_a_resolved_request_are_refused(cold):
+    with pytest.raises(UserInputError, match="options seed, tau: belong to resolve"):
+        cold(cold.resolve(PROMPT), seed=1, tau=2.0)

@@ -270,7 +270,7 @@ class InfinityPipeline:
 
     def __call__(
         self,
-        prompt: str | Iterable[str],
+        prompt: str | Iterable[str] | ResolvedRequest,
         *,
         output_type: OutputType = "pil",
         callback_on_scale_end: OnScaleEnd | None = None,
@@ -280,7 +280,7 @@ class InfinityPipeline:
         """Make pictures.
 
         Args:
-          prompt: one prompt or several.
+          prompt: one prompt or several; or what :meth:`resolve` made of them and all options, in some other thread.
           output_type: ``"pil"`` pictures, or float arrays in [0, 1] as ``"np"`` or ``"jax"``.
           callback_on_scale_end: called with ``(index, num_scales, info)`` after every scale; raising stops the call.
             ``info`` holds the scale's ``grid``, its ``seconds``, the summed ``latents`` and ``images``, the indices of
@@ -311,7 +311,7 @@ class InfinityPipeline:
         for name in options:
             if name not in _OPTIONS:
                 raise unknown_name("option", name, _OPTIONS)
-        request = self.resolve(prompt, **options)
+        request = self._request(prompt, options)
         self._check_memory(request, stepwise=progress or callback_on_scale_end is not None)
         before = dict(self.drivers.seconds)
         with _Progress(request, progress) as bar:
@@ -331,6 +331,14 @@ class InfinityPipeline:
             request.warnings,
             bits,
         )
+
+    def _request(self, prompt: str | Iterable[str] | ResolvedRequest, options: dict[str, Any]) -> ResolvedRequest:
+        if not isinstance(prompt, ResolvedRequest):
+            return self.resolve(prompt, **options)
+        if options:
+            rule = "belong to resolve, when what it returned is given"
+            raise UserInputError(f"options {', '.join(options)}", rule, "leave them out")
+        return prompt
 
     def memory_report(self, *, batch_size: int = 1, driver: Driver | None = None, **options: Any) -> MemoryReport:
         """Predict the device memory of calls with these options; nothing is run or allocated.

@@ -60,7 +60,7 @@ def run(options: BatchOptions, load: Callable[..., Any] | None, told: dict[str, 
         placed = {} if devices is None else {"mesh": devices.made()}
         pipeline = (load or loader(options))(options.model, memory=memory, **placed)
         copies = 1 if devices is None else devices.mesh.data * devices.mesh.fsdp
-        work = Work(rows, _planner(request, options, pipeline), pipeline, request.chunk, copies)
+        work = Work(rows, _planner(request, options, pipeline, copies), pipeline, request.chunk)
         if storage is None:
             from toprovar_jax.cli.batch_show import show
 
@@ -228,7 +228,7 @@ def _precision(pipeline: Any) -> str:
     return pipeline.card.transformer.precision
 
 
-def _planner(request: BatchRequest, options: BatchOptions, pipeline: Any) -> Any:
+def _planner(request: BatchRequest, options: BatchOptions, pipeline: Any, copies: int) -> Any:
     from toprovar_jax.distributed.batch.batches import Planner
 
     return Planner(
@@ -238,6 +238,7 @@ def _planner(request: BatchRequest, options: BatchOptions, pipeline: Any) -> Any
         # In exact precision pictures are computed one by one: a batch has no size that would be compiled.
         padded=_precision(pipeline) != "exact",
         cut_long_prompts=options.cut_long_prompts,
+        copies=copies,
     )
 
 

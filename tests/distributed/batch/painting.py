@@ -31,6 +31,10 @@ class Plan:
         return dataclasses.asdict(self)
 
 
+class Request(types.SimpleNamespace):
+    """What a call was resolved to."""
+
+
 class PaintingPipeline:
     """Called like InfinityPipeline.
 
@@ -70,7 +74,8 @@ class PaintingPipeline:
             negative_lengths=None if negatives is None else np.array([len(text.split()) + 1 for text in negatives]),
         )
         guidance = options.get("guidance_scale")
-        return types.SimpleNamespace(
+        return Request(
+            call=(prompts, options.pop("seed", None), options),
             plan=Plan(options["policy"], None),
             sampling=(self.default_guidance if guidance is None else guidance, options.get("tau")),
             size=(SIDE, SIDE if options["aspect_ratio"] == "1:1" else 2 * SIDE),
@@ -79,18 +84,20 @@ class PaintingPipeline:
             warnings=tuple(f"{text!r} is about cats" for text in prompts if "cat" in text),
         )
 
-    def __call__(self, prompts: list[str], *, seed: list[int], output_type: str, **options: Any) -> PipelineOutput:
+    def __call__(self, request: Request, *, output_type: str) -> PipelineOutput:
+        prompts, seed, options = request.call
         self.before(len(self.calls))
         with self._lock:
             self.calls.append((prompts, seed, options))
         if any("refused" in prompt for prompt in prompts):
             raise UserInputError("1M", "needs more memory than there is", "choose less")
         width = SIDE if options["aspect_ratio"] == "1:1" else 2 * SIDE
-        negatives = options.pop("negative_prompt", None) or [None] * len(seed)
+        negatives = options.get("negative_prompt") or [None] * len(seed)
+        others = {name: value for name, value in options.items() if name != "negative_prompt"}
         share, images = len(seed) // self.copies, []
         for start in range(0, len(seed), share):
             part = slice(start, start + share)
-            own = (prompts[part], seed[part], negatives[part], sorted(options.items(), key=str))
+            own = (prompts[part], seed[part], negatives[part], sorted(others.items(), key=str))
             company = zlib.crc32(repr(own).encode())
             generators = (np.random.default_rng((company, place)) for place in range(share))
             images += [generator.random((SIDE, width, 3), np.float32) for generator in generators]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toprovar_jax.distributed.batch.batches import Planner, calls_of, draw, padding_of
+from toprovar_jax.distributed.batch.batches import Planner, padding_of
 from toprovar_jax.distributed.batch.rows import BrokenRow, Row
 
 from .painting import SETTINGS, PaintingPipeline
@@ -65,35 +65,43 @@ def test_seeds_count_up_from_the_rows_own_or_from_the_jobs():
     assert [one.seed for one in chunk.batches[0].pictures] == [2**32 - 3, 2**32 - 2, 2**32 - 1, 0, 1]
 
 
+def drawn(planner, pipeline, chunk):
+    """Per call and batch, how many pictures came back."""
+    return [[len(images) for images in call.draw(pipeline)] for call in planner.calls(chunk.batches)]
+
+
 def test_calls_are_padded_with_the_last_picture_and_give_back_the_others():
     pipeline = PaintingPipeline()
-    chunk = planned(*(row(number, f"p{number}") for number in range(3)), pipeline=pipeline, batch_size=2)
-    assert [len(draw([batch], pipeline, 1)[0]) for batch in chunk.batches] == [2, 1]
+    planner = Planner(pipeline, SETTINGS, batch_size=2)
+    chunk = planner.chunk(row(number, f"p{number}") for number in range(3))
+    assert drawn(planner, pipeline, chunk) == [[2], [1]]
     assert [(prompts, seeds) for prompts, seeds, _ in pipeline.calls] == [(["p0", "p1"], [0, 1]), (["p2"] * 2, [2] * 2)]
     (batch,) = planned(row(0), padded=False).batches
     assert batch.size == 1
 
 
 def test_copies_of_the_model_get_a_batch_each_and_those_left_over_repeat_a_picture():
-    pipeline = PaintingPipeline()
-    rows = [row(number, f"p{number}", pixels="1M" if number == 1 else None) for number in range(6)]
-    chunk = planned(*rows, pipeline=pipeline, batch_size=2)
-    calls = calls_of(chunk.batches, 2)
-    assert [[[one.prompt for one in batch.pictures] for batch in call] for call in calls] == [
-        [["p0", "p2"], ["p3", "p4"]],
-        [["p5"]],
-        [["p1"]],
-    ]
-    assert [[len(images) for images in draw(call, pipeline, 2)] for call in calls] == [[2, 2], [1], [1]]
+    pipeline = PaintingPipeline(copies=2)
+    planner = Planner(pipeline, SETTINGS, batch_size=2, copies=2)
+    chunk = planner.chunk(
+        row(number, f"p{number}", **({"aspect_ratio": "2:1"} if number == 1 else {})) for number in range(6)
+    )
+    assert drawn(planner, pipeline, chunk) == [[2, 2], [1], [1]]
     assert [prompts for prompts, _, _ in pipeline.calls] == [["p0", "p2", "p3", "p4"], ["p5"] * 4, ["p1"] * 4]
+
+
+def test_texts_are_computed_at_the_length_of_their_bucket():
+    pipeline = PaintingPipeline()
+    planner = Planner(pipeline, SETTINGS, batch_size=2)
+    drawn(planner, pipeline, planner.chunk([row(0, "w " * 10), row(1, "w " * 100)]))
+    assert [options["text_length"] for _, _, options in pipeline.calls] == [64, 128]
 
 
 def test_negative_prompts_and_lists_reach_the_call():
     pipeline = PaintingPipeline()
-    chunk = planned(
-        *(row(k, negative_prompt=text, guidance=(1.0, 2.0)) for k, text in enumerate(["fog", "rain"])), batch_size=3
-    )
-    draw(chunk.batches[:1], pipeline, 1)
+    planner = Planner(pipeline, SETTINGS, batch_size=3)
+    rows = [row(k, negative_prompt=text, guidance=(1.0, 2.0)) for k, text in enumerate(["fog", "rain"])]
+    drawn(planner, pipeline, planner.chunk(rows))
     options = pipeline.calls[0][2]
     assert (options["negative_prompt"], options["guidance_scale"]) == (["fog", "rain", "rain"], [1.0, 2.0])
 

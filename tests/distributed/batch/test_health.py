@@ -56,7 +56,7 @@ def watched(tmp_path, progress, *, index=0, worker="w", lease=60.0, stall=100.0)
 def test_the_rate_is_of_the_last_minutes_and_the_padding_of_all(clock):
     progress = Progress(clock=clock)
     for _ in range(4):
-        with progress.drawing(batch()):
+        with progress.drawing((batch(),)):
             clock.now += 2
         progress.committed(3, 0)
     assert progress.images_per_second() == pytest.approx(1.5)
@@ -67,17 +67,17 @@ def test_the_rate_is_of_the_last_minutes_and_the_padding_of_all(clock):
 
 def test_a_worker_has_stalled_when_a_batch_takes_too_long_but_not_while_it_compiles_or_waits(clock):
     progress = Progress(clock=clock)
-    with progress.drawing(batch()):
+    with progress.drawing((batch(),)):
         clock.now += 1000
         assert not progress.stalled(100.0)
         assert progress.state()["state"] == "compiling"
-    with progress.drawing(batch()):
+    with progress.drawing((batch(),)):
         clock.now += 99
         assert not progress.stalled(100.0)
         clock.now += 2
         assert progress.stalled(100.0)
     assert not progress.stalled(100.0)
-    with progress.drawing(batch(guidance=2.0)):  # another program
+    with progress.drawing((batch(guidance=2.0),)):  # another program
         clock.now += 1000
         assert not progress.stalled(100.0)
     progress.waiting(2)
@@ -88,11 +88,11 @@ def test_a_worker_has_stalled_when_a_batch_takes_too_long_but_not_while_it_compi
 def test_a_stalled_worker_gives_no_sign_of_life_and_says_so_once(tmp_path, clock):
     progress = Progress(clock=clock)
     health, ledger, _, said = watched(tmp_path, progress)
-    with progress.drawing(batch()):
+    with progress.drawing((batch(),)):
         pass
     health.tick()
     (before,) = ledger.workers()
-    with progress.drawing(batch()):
+    with progress.drawing((batch(),)):
         clock.now += 101
         health.tick()
         health.tick()

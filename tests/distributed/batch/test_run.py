@@ -7,7 +7,6 @@ import functools
 import io
 import itertools
 import json
-import queue
 import threading
 
 import pyarrow.parquet as pq
@@ -50,7 +49,8 @@ def worker(prompts, out, *, pipeline=None, layout="files", lease=30.0, **options
     """A run that is ready to begin, and what it counts."""
     pipeline = pipeline or PaintingPipeline()
     rows = PromptRows(prompts)
-    work = Work(rows, Planner(pipeline, SETTINGS, batch_size=BATCH), pipeline, CHUNK, pipeline.copies)
+    planner = Planner(pipeline, SETTINGS, batch_size=BATCH, copies=pipeline.copies)
+    work = Work(rows, planner, pipeline, CHUNK)
     ledger = Ledger(open_storage(str(out)), layout=layout, worker=next(NAMES), lease_seconds=lease)
     ledger.open({"rows": rows.count, "sha256": rows.sha256})
     progress = Progress()
@@ -256,13 +256,13 @@ def test_members_of_a_group_draw_what_their_leader_draws(prompts, tmp_path, undi
     group = Pair()
     leader, progress = worker(prompts, tmp_path / "out", group=group)
     pipeline = PaintingPipeline()
-    member, nothing = worker(prompts, tmp_path / "out", pipeline=pipeline, group=Member(group))
-    thread = threading.Thread(target=member.run)
+    work = Work(PromptRows(prompts), Planner(pipeline, SETTINGS, batch_size=BATCH), pipeline, CHUNK)
+    thread = threading.Thread(target=follow, args=(work, Member(group)))
     thread.start()
     assert leader.run() == "finished"
-    thread.join()
+    thread.join(30)
     assert pipeline.calls == undisturbed().calls
-    assert (progress.rows, nothing.made) == (len(ROWS), 0)
+    assert progress.rows == len(ROWS)
 
 
 class Pair:
@@ -299,30 +299,4 @@ class Member:
 def test_copies_that_work_side_by_side_change_no_byte(prompts, tmp_path, undisturbed):
     run, _ = worker(prompts, tmp_path / "out", pipeline=PaintingPipeline(copies=3))
     assert run.run() == "finished"
-    assert content(tmp_path / "out") == undisturbed["files"].content
-
-
-class _Told:
-    """A group of two threads."""
-
-    def __init__(self, messages, *, leader):
-        self.messages, self.leader = messages, leader
-
-    def agree(self, message):
-        if message is not None:
-            self.messages.put(message)
-            return message
-        return self.messages.get(timeout=30)
-
-
-def test_members_of_a_group_make_the_leaders_calls_in_its_order(prompts, tmp_path, undisturbed):
-    messages, led, following = queue.Queue(), PaintingPipeline(), PaintingPipeline()
-    work = Work(PromptRows(prompts), Planner(following, SETTINGS, batch_size=BATCH), following, CHUNK)
-    member = threading.Thread(target=follow, args=(work, _Told(messages, leader=False)))
-    member.start()
-    group = _Told(messages, leader=True)
-    run, _ = worker(prompts, tmp_path / "out", pipeline=led, group=group, first_chunk=2)
-    assert run.run() == "finished"
-    member.join(30)
-    assert following.calls == led.calls
-    assert content(tmp_path / "out") == undisturbed["files"].content
+    assert content(tmp_path / "out") == undisturbed().content

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from toprovar_jax.distributed.batch.rows import BrokenRow, Row
@@ -77,47 +78,27 @@ class Batch:
         return [*self.pictures, *[self.pictures[-1]] * (self.size - len(self.pictures))]
 
 
-def draw(batches: Sequence[Batch], pipeline: Any, copies: int) -> list[Any]:
-    """Calls the pipeline once for batches of one key; each is made by a copy of the model on its own devices.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """Batches of one key that are made in one call of the pipeline, each by a copy of the model on its own devices.
 
-    Args:
+    Attributes:
       batches: at most as many as there are copies.
-      pipeline: cuts a call's pictures into equal parts, one per copy.
-      copies: how many there are.
-
-    Returns:
-      Per batch the pixels of its ``pictures``, float in [0, 1], ``[B, h, w, 3]``.
-
-    Raises:
-      UserInputError: the pipeline refuses, which after the checks of :class:`Planner` means the device's memory.
+      request: what the pipeline made of them, ahead of the call.
     """
-    first, wanted = batches[0].pictures[0], [picture for batch in batches for picture in batch.padded]
-    if len({batch.size for batch in batches}) == 1:
-        # Copies without a batch of their own repeat a picture, so that the others' parts are as large as ever.
-        wanted += [wanted[-1]] * ((copies - len(batches)) * batches[0].size)
-    arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in first.arguments.items()}
-    if first.negative_prompt is not None:
-        arguments["negative_prompt"] = [picture.negative_prompt for picture in wanted]
-    output = pipeline(
-        [picture.prompt for picture in wanted],
-        seed=[picture.seed for picture in wanted],
-        output_type="np",
-        text_length=batches[0].text_length,
-        **arguments,
-    )
-    images, start = [], 0
-    for batch in batches:
-        images.append(output.images[start : start + len(batch.pictures)])
-        start += batch.size
-    return images
 
+    batches: tuple[Batch, ...]
+    request: Any
 
-def calls_of(batches: Iterable[Batch], copies: int) -> list[list[Batch]]:
-    """Batches in their order, those of one key together, as many as there are copies of the model to make them."""
-    alike: dict[Any, list[Batch]] = collections.defaultdict(list)
-    for batch in batches:
-        alike[batch.key].append(batch)
-    return [found[start : start + copies] for found in alike.values() for start in range(0, len(found), copies)]
+    def draw(self, pipeline: Any) -> list[Any]:
+        """Calls the pipeline; per batch the pixels of its ``pictures``, float in [0, 1], ``[B, h, w, 3]``.
+
+        Raises:
+          UserInputError: the pipeline refuses, which after the checks of :class:`Planner` means the device's memory.
+        """
+        images = pipeline(self.request, output_type="np").images
+        starts = itertools.accumulate((batch.size for batch in self.batches), initial=0)
+        return [images[start : start + len(batch.pictures)] for start, batch in zip(starts, self.batches, strict=False)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +123,7 @@ class Planner:
       batch_size: as above.
       padded: whether every batch computes that many, so that no other size is compiled.
       cut_long_prompts: whether prompts of more tokens than the model reads are cut; else their rows are broken.
+      copies: of the model, among which a call is divided.
     """
 
     def __init__(
@@ -152,9 +134,11 @@ class Planner:
         batch_size: int,
         padded: bool = True,
         cut_long_prompts: bool = False,
+        copies: int = 1,
     ):
         self._pipeline, self._settings = pipeline, dict(settings)
         self.batch_size, self._padded, self._strict = batch_size, padded, not cut_long_prompts
+        self._copies = copies
 
     def chunk(self, rows: Iterable[Row | BrokenRow]) -> Chunk:
         """The batches of some rows, which are a whole chunk."""
@@ -176,7 +160,7 @@ class Planner:
         return Chunk(self._batches(resolved), tuple(broken), tuple(dict.fromkeys(warnings)))
 
     def _batches(self, resolved: Sequence[tuple[Row, Any, int]]) -> tuple[Batch, ...]:
-        groups: dict[tuple[Any, ...], list[tuple[Wanted, Any]]] = collections.defaultdict(list)
+        groups: dict[tuple[Any, ...], list[Wanted]] = collections.defaultdict(list)
         for row, request, place in resolved:
             arguments = self._arguments(row)
             key = (
@@ -187,15 +171,43 @@ class Planner:
                 request.negative_prompts is not None,
                 _text_bucket(request.tokens, place),
             )
-            groups[key] += [(picture, request.plan) for picture in self._pictures(row, request, arguments)]
+            groups[key] += self._pictures(row, request, arguments)
         batches = []
         for key, members in groups.items():
             for start in range(0, len(members), self.batch_size):
-                part = members[start : start + self.batch_size]
+                part = tuple(members[start : start + self.batch_size])
                 size = self.batch_size if self._padded else len(part)
-                pictures = tuple(picture for picture, _ in part)
-                batches.append(Batch(f"{len(batches):04d}", key, pictures, part[0][1], size))
+                batches.append(Batch(f"{len(batches):04d}", key, part, key[0], size))
         return tuple(batches)
+
+    def calls(self, batches: Iterable[Batch]) -> Iterator[Call]:
+        """Batches in their order, those of one key together, as many at a time as there are copies of the model."""
+        alike: dict[Any, list[Batch]] = collections.defaultdict(list)
+        for batch in batches:
+            alike[batch.key].append(batch)
+        for found in alike.values():
+            for start in range(0, len(found), self._copies):
+                yield self.call(found[start : start + self._copies])
+
+    def call(self, batches: Sequence[Batch]) -> Call:
+        """The call that makes some batches of one key."""
+        wanted = [picture for batch in batches for picture in batch.padded]
+        if self._padded:
+            # Copies without a batch of their own repeat a picture, so that the others' parts are as large as ever.
+            wanted += [wanted[-1]] * ((self._copies - len(batches)) * self.batch_size)
+        first = wanted[0]
+        arguments = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in first.arguments.items()
+        }
+        if first.negative_prompt is not None:
+            arguments["negative_prompt"] = [picture.negative_prompt for picture in wanted]
+        request = self._pipeline.resolve(
+            [picture.prompt for picture in wanted],
+            seed=[picture.seed for picture in wanted],
+            text_length=batches[0].text_length,
+            **arguments,
+        )
+        return Call(tuple(batches), request)
 
     def _pictures(self, row: Row, request: Any, arguments: Mapping[str, Any]) -> list[Wanted]:
         settings = {**self._settings, **row.settings}

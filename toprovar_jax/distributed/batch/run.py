@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-from toprovar_jax.distributed.batch.batches import FAILED_ROWS, Batch, Wanted, calls_of, draw
+from toprovar_jax.distributed.batch.batches import FAILED_ROWS, Call, Wanted
 from toprovar_jax.distributed.batch.encoding import encode_picture
 from toprovar_jax.distributed.batch.group import Group, SingleProcess
 from toprovar_jax.distributed.batch.handover import Halt, Halted, Handover, in_thread
@@ -52,13 +52,13 @@ class _Step:
 
     Attributes:
       claim: of the chunk.
-      batches: what is to be drawn in one call; none: nothing.
+      call: what is to be drawn; None: nothing.
       name: under which the results are committed; None: the chunk has no more batches.
       results: what is to be committed, or what will be.
     """
 
     claim: Claim
-    batches: tuple[Batch, ...] = ()
+    call: Call | None = None
     name: str | None = None
     results: tuple[Any, ...] = ()
 
@@ -156,8 +156,8 @@ class BatchRun:
                 results = tuple(_failed(row) for row in chunk.broken)
                 self._prepared.put(_Step(claim, name=FAILED_ROWS, results=results))
             missing = (batch for batch in chunk.batches if batch.name not in done)
-            for call in calls_of(missing, self._work.copies):
-                self._prepared.put(_Step(claim, tuple(call)))
+            for call in self._work.planner.calls(missing):
+                self._prepared.put(_Step(claim, call))
             self._prepared.put(_Step(claim))
         self._prepared.put(None)
 
@@ -201,13 +201,13 @@ class BatchRun:
     def _draw(self) -> None:
         """The caller's thread: the device's work."""
         while (step := self._prepared.get(self._check_stop)) is not None:
-            if not step.batches:
+            if step.call is None:
                 self._made.put(step)
             elif step.claim.chunk not in self._lost:
                 self._check_stop()
-                names = [batch.name for batch in step.batches]
+                names = [batch.name for batch in step.call.batches]
                 self._group.agree(json.dumps({"chunk": step.claim.chunk, "batches": names}).encode())
-                for name, results in zip(names, self._results(step.batches), strict=True):
+                for name, results in zip(names, self._results(step.call), strict=True):
                     self._made.put(_Step(step.claim, name=name, results=results))
 
     def _check_stop(self) -> None:
@@ -216,11 +216,12 @@ class BatchRun:
         if self._stopping():
             raise _Stopped
 
-    def _results(self, batches: Sequence[Batch]) -> list[tuple[Any, ...]]:
+    def _results(self, call: Call) -> list[tuple[Any, ...]]:
         """Pictures as the encoding threads will have made them; failures if the pipeline refuses rows' own settings."""
+        batches = call.batches
         with self._progress.drawing(batches):
             try:
-                drawn = draw(batches, self._work.pipeline, self._work.copies)
+                drawn = call.draw(self._work.pipeline)
             except UserInputError as error:
                 if not all(picture.own for batch in batches for picture in batch.pictures):
                     raise
@@ -284,7 +285,7 @@ def follow(work: Work, group: Group) -> None:
             number = told["chunk"]
             batches = work.of(number).batches
         with contextlib.suppress(UserInputError):  # the leader gets the same, and decides what it means
-            draw([batch for batch in batches if batch.name in told["batches"]], work.pipeline, work.copies)
+            work.planner.call([batch for batch in batches if batch.name in told["batches"]]).draw(work.pipeline)
     work.rows.close()
 
 

@@ -18,14 +18,12 @@ class Work:
       planner: makes batches of rows.
       pipeline: makes pictures of batches.
       chunk: rows per chunk.
-      copies: of the model, each of which makes a batch at a time.
     """
 
     rows: PromptRows
     planner: Planner
     pipeline: Any
     chunk: int
-    copies: int = 1
 
     @property
     def chunks(self) -> int:
