@@ -8,6 +8,7 @@ touching anybody else's.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
 import io
@@ -25,6 +26,8 @@ Result = TypeVar("Result")
 
 _ATTEMPTS = 100
 """An empty folder may be removed before the first file is in it, but not so often in a row."""
+_THREADS = 8
+
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES}
 
 
@@ -52,13 +55,18 @@ class LocalStorage(Storage):
         _sync(path.parent)
 
     def write_all(self, files: Mapping[str, bytes]) -> None:
-        """Writes files one by one; their folders are synchronised once, at the end."""
+        """Writes files in threads, for a disk synchronises several at once; their folders follow once, at the end."""
         folders = dict.fromkeys((self._root / name).parent for name in files)
-        for name, content in files.items():
+
+        def write(name: str) -> None:
             with self._temporary() as file:
-                file.write(content)
+                file.write(files[name])
                 os.fsync(file.fileno())
                 self._replace(file, self._root / name)
+
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            for _ in pool.map(write, files):
+                pass
         for folder in folders:
             _sync(folder)
 
