@@ -140,7 +140,7 @@ def parts(pipeline: SleepingPipeline, work: Work, folder: pathlib.Path) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--pictures", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--milliseconds", type=float, default=50.0, help="of device per batch")
     parser.add_argument("--side", type=int, default=256, help="of a picture, in pixels")

@@ -31,7 +31,7 @@ Outcome = Literal["finished", "left to others", "stopped"]
 _AHEAD = 2
 """Batches that may wait for the device."""
 
-_BEHIND = 4
+_BEHIND = 8
 """Batches that may wait for their commit: as many as the device makes while a chunk is completed."""
 
 _RELIST_SECONDS = 20.0
