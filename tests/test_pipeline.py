@@ -9,6 +9,7 @@ from PIL import Image
 
 from toprovar_jax import InfinityPipeline
 from toprovar_jax.acceleration import Dense
+from toprovar_jax.errors import UserInputError
 from toprovar_jax.images import to_uint8
 
 from .tiny_model import SCALES, SCENES_CARD, SIDE, TEXT_LENGTH, write_tiny_model
@@ -386,3 +387,13 @@ def test_without_a_name_the_embedded_model_is_loaded():
 
 def test_a_policy_may_be_given_as_an_object(pipe):
     assert pipe.resolve("a red cone", policy=Dense()).plan == pipe.resolve("a red cone", policy="dense").plan
+
+
+def test_shorter_texts_may_be_computed_in_fewer_tokens(pipe):
+    whole, short = pipe("a cone", seed=3), pipe("a cone", seed=3, text_length=6)
+    assert pipe.resolve("a cone", text_length=6).tokens.ids.shape == (1, 6)
+    np.testing.assert_array_equal(np.asarray(whole.images[0]), np.asarray(short.images[0]))
+    assert "has 7 tokens, the model reads 4" in pipe.resolve("a red cube on the left", text_length=4).warnings[0]
+    for wrong in (1, 13, 2.5, True):
+        with pytest.raises(UserInputError, match=r"text_length .* must be an integer from 2 to 12"):
+            pipe.resolve("a cone", text_length=wrong)

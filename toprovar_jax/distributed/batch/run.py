@@ -227,12 +227,16 @@ class BatchRun:
                     raise
                 return [tuple(_refused(picture, error) for picture in batch.pictures) for batch in batches]
         return [
-            tuple(self._encoders.submit(self._encode, *pair) for pair in zip(batch.pictures, images, strict=True))
+            tuple(
+                self._encoders.submit(self._encode, *pair, batch.text_length)
+                for pair in zip(batch.pictures, images, strict=True)
+            )
             for batch, images in zip(batches, drawn, strict=True)
         ]
 
-    def _encode(self, wanted: Wanted, image: Any) -> Picture | Failure:
+    def _encode(self, wanted: Wanted, image: Any, text_length: int) -> Picture | Failure:
         recipe = recipe_of(self._work.pipeline, wanted.prompt, wanted.seed, wanted.size, wanted.arguments)
+        recipe["text_length"] = text_length
         try:
             content = encode_picture(image, recipe)
         except ValueError as error:
