@@ -69,7 +69,8 @@ def test_json_tells_what_was_made(batch):
     told = json.loads(batch("--json", "--quiet").stdout)
     assert told.pop("seconds") > 0
     assert told == {
-        **{"out": "out", "finished": True, "rows": 20, "images": 20, "failures": 0, "programs": 1, "warnings": []}
+        **{"out": "out", "finished": True, "rows": 20, "images": 20, "failures": 0, "failed_rows": 0},
+        **{"programs": 1, "warnings": []},
     }
 
 
@@ -152,6 +153,9 @@ def test_broken_rows_are_told_and_do_not_change_the_status(batch, tmp_path):
     done = batch(prompts="p.jsonl")
     assert done.status == 0
     assert done.stderr.splitlines()[-1].startswith("1 pictures made now, 2 failed, ")
+    again = batch(prompts="p.jsonl")  # whoever ends last may not be the one that met them
+    assert "2 of all 3 rows have failed; the manifest says why\n" in again.stderr
+    assert json.loads(batch("--json", "--quiet", prompts="p.jsonl").stdout)["failed_rows"] == 2
 
 
 def test_too_many_failures_are_one_line_and_status_1(batch, tmp_path):

@@ -74,7 +74,7 @@ class BatchOptions:
     cut_long_prompts: Annotated[
         bool, option("", "Cut prompts that are longer than the model reads; without it they are failures.")
     ] = False
-    batch_size: Annotated[str, option("B", "Pictures per call of the model (default: 8).")] = "8"
+    batch_size: Annotated[str, option("B", "Pictures that each copy of the model makes together (default: 8).")] = "8"
     chunk: Annotated[
         str, option("N", "Rows that a worker claims at a time; a shard of the tar layout (default: 64).")
     ] = "64"
@@ -116,7 +116,7 @@ class BatchRequest:
     Attributes:
       prompts, out, layout: as typed.
       settings: of rows that say nothing else, by the names of :data:`toprovar_jax.settings.SETTINGS`.
-      batch_size, chunk: pictures per call, rows per claim.
+      batch_size, chunk: pictures per copy of the model and call, rows per claim.
       max_failures: how many rows may fail, or None.
       worker, index: name and number of this worker.
       lease_seconds, stall_seconds: of silence, and without a batch.

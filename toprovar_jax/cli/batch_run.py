@@ -98,7 +98,7 @@ def _make(
         ledger.open(job)
         if len(ledger.complete_chunks()) == work.chunks and ledger.finish(work.chunks):
             voice.tell(f"nothing to do: all {work.rows.count} prompts are done in {request.out}")
-            _conclude(work, progress, "finished", request, options, voice, start)
+            _conclude(work, ledger, progress, "finished", request, options, voice, start)
             return
         told |= {"out": request.out, "images": 0}
         health = Health(
@@ -138,11 +138,12 @@ def _make(
         interrupts.check()
         told_so = f"terminated; {progress.made} pictures committed now in {request.out}"
         raise SystemExit(fail(143, f"{told_so}; the same command goes on from there"))
-    _conclude(work, progress, outcome, request, options, voice, start)
+    _conclude(work, ledger, progress, outcome, request, options, voice, start)
 
 
 def _conclude(
     work: Any,
+    ledger: Any,
     progress: Any,
     outcome: str,
     request: BatchRequest,
@@ -153,8 +154,11 @@ def _conclude(
     seconds = time.perf_counter() - start
     voice.end()
     voice.left_out()
-    if outcome != "finished":
+    failed_rows = ledger.failures() if outcome == "finished" else None
+    if failed_rows is None:
         voice.tell("what is left to make is with other workers")
+    elif failed_rows:
+        voice.tell(f"{failed_rows} of all {work.rows.count} rows have failed; the manifest says why")
     if options.json:
         record = {
             "out": request.out,
@@ -162,6 +166,7 @@ def _conclude(
             "rows": work.rows.count,
             "images": progress.made,
             "failures": progress.failures,
+            "failed_rows": failed_rows,
             "programs": progress.programs,
             "seconds": seconds,
             "warnings": progress.warnings,

@@ -148,6 +148,16 @@ def test_silent_hosts_are_named_and_time_left_is_told(tmp_path):
     )
 
 
+def test_the_line_says_how_many_are_compiling(tmp_path):
+    progress = Progress()
+    health, ledger, _, _ = watched(tmp_path, progress)
+    with health:
+        assert health.status(ledger.workers()).line().endswith("; 1 worker; 0 failed")
+        with progress.drawing(batch()):
+            health.tick()
+            assert health.status(ledger.workers()).line().endswith("; 1 worker, 1 compiling; 0 failed")
+
+
 def test_storage_that_is_away_for_a_moment_does_not_end_the_run(tmp_path, monkeypatch):
     health, ledger, _, said = watched(tmp_path, Progress())
 

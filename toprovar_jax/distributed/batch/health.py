@@ -61,10 +61,12 @@ class Status:
     def line(self) -> str:
         """All of it on one line."""
         left = "" if self.seconds_left is None else f", {_duration(self.seconds_left)} left"
+        compiling = sum(worker.get("state") == "compiling" for worker in self.workers)
+        waited_for = f", {compiling} compiling" if compiling else ""
         parts = [
             f"{self.rows_done:,} of {self.rows:,} prompts ({100 * self.rows_done / self.rows:.1f} %)",
             f"{self.images_per_second:.3g} images/s ({self.per_chip:.3g} per chip){left}",
-            f"{len(self.workers)} worker{'s' * (len(self.workers) != 1)}",
+            f"{len(self.workers)} worker{'s' * (len(self.workers) != 1)}{waited_for}",
             f"{self.failures} failed",
         ]
         if self.padding >= 0.05:

@@ -30,7 +30,7 @@ def open_job(storage: Storage, job: Mapping[str, Any]) -> None:
             f"must be empty or hold a job of this command (there is {min(held)!r} and no {names.JOB})",
             "choose another with --out",
         )
-    content = json.dumps(wanted, indent=1, sort_keys=True, ensure_ascii=False).encode()
+    content = f"{json.dumps(wanted, indent=1, sort_keys=True, ensure_ascii=False)}\n".encode()
     if names.JOB not in held and storage.create(names.JOB, content):
         return
     there = _read(storage)
