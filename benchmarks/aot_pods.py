@@ -77,7 +77,7 @@ class Setting:
 
     def predicted(self, batch: int) -> dict[str, int]:
         """Bytes on each chip, program by program."""
-        return program_bytes(self.card, self.plan, ON_DEVICE, self.tensor, pictures=batch)
+        return program_bytes(self.card, self.plan, ON_DEVICE, self.spec, pictures=batch)
 
     @property
     def batch(self) -> int:
@@ -163,8 +163,10 @@ def main(arguments: list[str] | None = None) -> int:
             if key not in results:
                 programs = programs or traced(setting)
                 results[key] = measure(setting, programs, name)
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(results, indent=1) + "\n")
+            # What was compiled stays; the prediction may be another by now.
+            results[key]["predicted"] = sizes[name]
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
             print(line(key, results[key]), flush=True)
             failures += results[key]["failure"] is not None
         jax.clear_caches()

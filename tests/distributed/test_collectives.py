@@ -73,6 +73,14 @@ def test_all_devices_take_part_where_no_groups_are_named():
     assert (found.group, found.size) == (8, 40)
 
 
+def test_the_steps_of_one_that_goes_on_beside_other_work_are_one_collective():
+    steps = "".join(
+        f'  %s{step} = f32[16] all-gather(%x), replica_groups={{{{0,1}}}}, frontend_attributes={{chain_id="{chain}"}}\n'
+        for step, chain in enumerate((0, 0, 0, 1, 1))
+    )
+    assert len(collectives_of(f"ENTRY %main (x: f32[4]) -> f32[4] {{\n{steps}}}\n")) == 2
+
+
 @pytest.mark.parametrize(
     ("operation", "size", "sent"),
     [

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
+from toprovar_jax.acceleration.cost import state_bytes
 from toprovar_jax.acceleration.dense import Dense
 from toprovar_jax.acceleration.plan import GenerationPlan
 from toprovar_jax.distributed.mesh import AUTO, AXES, MeshSpec, automatic_mesh, check_mesh, make_mesh, parse_mesh
@@ -80,8 +81,9 @@ def program_bytes(
 ) -> dict[str, int]:
     """What lies on one device of a mesh, program by program, at its peak.
 
-    Parameters as they are cut. Of the rest, what the text leaves and the tokens between two blocks are on every device
-    that shares a copy; texts and finished pictures go to these one by one, and they share all else.
+    Parameters as they are cut. Of the rest, what the text leaves, the tokens between two blocks and what pruning keeps
+    of them are on every device that shares a copy; texts and finished pictures go to these one by one, and they share
+    all else.
 
     Args:
       card: the model with its precision.
@@ -112,16 +114,23 @@ def program_bytes(
         if phase.name == "decoder" or phase.name.startswith("text"):
             found[phase.name] = weights + text + int(rest * one_by_one)
         else:
-            stream = min(rest, _stream(card, plan, phase.name, report.together))
-            found[phase.name] = weights + text + stream + (rest - stream) // tensor
+            everywhere = min(rest, _on_every_device(card, plan, phase.name, report.together))
+            found[phase.name] = weights + text + everywhere + (rest - everywhere) // tensor
     return found
 
 
-def _stream(card: ModelCard, plan: GenerationPlan, name: str, pictures: int) -> int:
-    """Bytes of a scale's tokens as they go through the blocks, float32, before a block and after it."""
+def _on_every_device(card: ModelCard, plan: GenerationPlan, name: str, pictures: int) -> int:
+    """Bytes of a scale that all devices of a copy have: tokens of all channels, and what is kept of them for pruning.
+
+    The compiler keeps the float32 tokens before and after a block, and both times that they are gathered; where some are
+    left out, also the increments that they get instead, and their sum.
+    """
     scale = int(name.split()[1]) - 1 if name.startswith("scale ") else plan.num_run - 1
-    rows = pictures * (2 if plan.guided else 1)
-    return 2 * 4 * rows * plan.step(scale).tokens * card.transformer.width
+    rows, step = pictures * (2 if plan.guided else 1), plan.step(scale)
+    copies = 6 if any(group.kept < step.tokens for group in step.groups) else 4
+    tokens = copies * 4 * rows * step.tokens * card.transformer.width
+    states = (state_bytes(plan.step(number), card.transformer) for number in (max(0, scale - 1), scale))
+    return tokens + pictures * max(state["increments"] + state["outputs"] + state["maps"] for state in states)
 
 
 def _streamed(card: ModelCard, memory: MemoryOptions) -> int:

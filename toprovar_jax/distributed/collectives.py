@@ -75,16 +75,19 @@ def collectives_of(text: str) -> tuple[Collective, ...]:
     """
     computations = _computations(text)
     loops = _loops(computations)
-    found = []
+    found: dict[tuple, Collective] = {}
     for name, lines in computations.items():
         for line in lines:
             read = _OPERATION.match(line)
             kind = read and _kind(read["opcode"], name)
             if read and kind:
-                group = _group(read["rest"], text)
+                group, loop = _group(read["rest"], text), loops.get(name)
+                # TPU's compiler writes one that goes on beside other work as several steps of a chain.
+                chain = re.search(r'chain_id="([0-9]+)"', read["rest"])
+                key = (loop, kind, chain[1]) if chain else (len(found),)
                 if group != 1:
-                    found.append(Collective(kind, _size(kind, read, group), group, loops.get(name)))
-    return tuple(found)
+                    found.setdefault(key, Collective(kind, _size(kind, read, group), group, loop))
+    return tuple(found.values())
 
 
 def _computations(text: str) -> dict[str, list[str]]:

@@ -100,7 +100,7 @@ def program_costs(
                     sent[FSDP if FSDP in over else TENSOR] += size * (times - 1)
         return whole, sent
 
-    def gathered(size: float) -> float:
+    def gathered(size: int) -> float:
         return size * (spec.tensor - 1) / spec.tensor
 
     def is_text(network: str, path: str) -> bool:
@@ -141,17 +141,17 @@ def block_exchanges(card: ModelCard, step: ScaleStep, tensor: int, batch: int) -
     return total * (tensor - 1) / tensor
 
 
-def scale_traffic(card: ModelCard, step: ScaleStep) -> float:
+def scale_traffic(card: ModelCard, step: ScaleStep) -> int:
     """Bytes of one picture's tokens, keys and values that a scale's blocks read and write, parameters left out."""
     text = condition_bytes(card, 1, guided=step.guided).rest
     return text + (2 if step.guided else 1) * sum(_layer_traffic(card, group) for group in step.groups)
 
 
-def _layer_traffic(card: ModelCard, group: GroupStep) -> float:
+def _layer_traffic(card: ModelCard, group: GroupStep) -> int:
     """Of one layer group and row."""
     width, hidden, item = card.transformer.width, card.transformer.feed_forward_width, _item(card)
     if not group.kept:
-        return 0.0
+        return 0
     # Channels in and out: of the projections 4 and 2, of both attentions 4 and 2, of cross-attention's maps 4, of the
     # feed-forward's its input, output and hidden units twice; and three sums of float32 streams, read and written.
     per_token = item * (18 * width + 2 * hidden) + 3 * 2 * 4 * width
