@@ -73,6 +73,13 @@ def test_heads_in_parts_take_two_pairs_in_every_block(policy):
     assert {each.group for each in found} == {2}
 
 
+def test_the_scale_that_measures_importance_sums_it_up_over_the_heads_once():
+    loops, outside = count(facts("toprovar", HEADS, "scale 1 (1x1)").collectives)
+    assert plan_of("toprovar").step(0).with_entropy
+    assert loops == (PAIRS,) * 2
+    assert outside == {"all-reduce": 1}
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_block_sends_what_the_estimate_says(policy):
     step = plan_of(policy).step(2)

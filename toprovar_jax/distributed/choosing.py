@@ -122,8 +122,8 @@ def program_bytes(
 def _on_every_device(card: ModelCard, plan: GenerationPlan, name: str, pictures: int) -> int:
     """Bytes of a scale that all devices of a copy have: tokens of all channels, and what is kept of them for pruning.
 
-    The compiler keeps the float32 tokens before and after a block, and both times that they are gathered; where some are
-    left out, also the increments that they get instead, and their sum.
+    The compiler keeps the float32 tokens before and after a block, and both times that they are gathered; where some
+    are left out, also the increments that they get instead, and their sum.
     """
     scale = int(name.split()[1]) - 1 if name.startswith("scale ") else plan.num_run - 1
     rows, step = pictures * (2 if plan.guided else 1), plan.step(scale)

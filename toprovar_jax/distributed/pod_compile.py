@@ -32,7 +32,7 @@ def described_mesh(topology: Topology, spec: MeshSpec) -> Mesh:
 
 
 def compile_plan(plan: PodPlan, say: Callable[[str], None]) -> dict[str, ProgramFacts]:
-    """Compile the text, the two scales that take most memory, and the decoder, of the slowest way.
+    """Compile :func:`chosen_programs` of the slowest way.
 
     Args:
       plan: for TPUs.
@@ -64,7 +64,7 @@ def compile_plan(plan: PodPlan, say: Callable[[str], None]) -> dict[str, Program
 
 
 def chosen_programs(names: tuple[str, ...], predicted: dict[str, int]) -> tuple[str, ...]:
-    """Of all programs those that decide: where the text is read, the two largest scales and the decoder."""
-    scales = [name for name in names if name.startswith("scale ")]
-    heaviest = sorted(scales, key=lambda name: predicted[name])[-2:]
+    """Of all programs those that decide: where the text is read, the last scale and the largest other, the decoder."""
+    *scales, last = [name for name in names if name.startswith("scale ")]
+    heaviest = (max(scales, key=lambda name: predicted[name]), last)
     return tuple(name for name in names if name in heaviest or name.startswith("text") or name == "decoder")
