@@ -206,6 +206,10 @@ class Drivers:
         self, tokens: TokenArrays, keys: Key[Array, " B"], sampling: ScaleSampling, plan: GenerationPlan
     ) -> None:
         """Compile what :meth:`stepwise` needs for a batch like this one whatever its images pick; nothing is run."""
+        self._compile_pieces(tokens, keys, sampling, plan)
+
+    def _compile_pieces(self, tokens: Any, keys: Any, sampling: Any, plan: GenerationPlan) -> None:
+        """The same of descriptions."""
         batch = keys.shape[0]
         transformer = self.model.transformer
         conditions = {batch: self._compile_condition(tokens, plan)}
@@ -458,9 +462,14 @@ class Drivers:
             with warnings.catch_warnings():
                 # The state is donated for its cache; its maps and inputs have another size at every scale.
                 warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-                self._executables[key] = (traced.lower().compile(), self._described(traced.out_info))
+                self._executables[key] = (self._made(key, traced), self._described(traced.out_info))
             self.seconds["compile"] += time.perf_counter() - start
         return self._executables[key]
+
+    def _made(self, key: tuple, traced: jax.stages.Traced) -> Any:
+        """What is called to run a program; ``key`` says which it is."""
+        del key
+        return traced.lower().compile()
 
 
 def _sampled(party: _Party) -> _Sampled:
@@ -468,5 +477,5 @@ def _sampled(party: _Party) -> _Sampled:
     return _Sampled(party.state.latents, party.plan, *own)
 
 
-def _keys_like(keys: Key[Array, " B"], size: int) -> jax.ShapeDtypeStruct:
+def _keys_like(keys: Any, size: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((size,), keys.dtype)

@@ -20,10 +20,11 @@ COMMANDS = {
     "convert": "turn released weights into a model folder",
     "finetune": "train a model further on pictures with captions",
     "memory": "tell how much device memory a model needs, without running it",
+    "plan-pod": "estimate what a TPU slice or a GPU cluster makes of a model, without one",
 }
 """Each is a module of this package with a ``main``; see :data:`MODULES`."""
 
-MODULES = {"eval": "evaluate", "export-eval": "export_eval"}
+MODULES = {"eval": "evaluate", "export-eval": "export_eval", "plan-pod": "plan_pod"}
 """Modules by the commands that have another name."""
 
 

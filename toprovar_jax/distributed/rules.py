@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from toprovar_jax.distributed.parts import DATA, FSDP, TENSOR, Split
 
@@ -66,7 +66,7 @@ class ParameterShardings:
     A :data:`toprovar_jax.placement.Shardings`. Axes whose length does not divide stay whole.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
 
     def __call__(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """The sharding of the parameter at a dotted path that begins with its network's name."""
@@ -131,6 +131,14 @@ def cut_of(path: str, array: Any) -> Cut:
         if name in GATHERED and entry is not None:
             return Cut(axis - len(names), entry if isinstance(entry, tuple) else (entry,))
     return Cut()
+
+
+def gathered_over(path: str, shape: tuple[int, ...], spec: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes over which a parameter is gathered before it is used; none where it is not cut for storage."""
+    for name, entry in zip(logical_axes(path, shape), spec, strict=True):
+        if name in GATHERED and entry is not None:
+            return entry if isinstance(entry, tuple) else (entry,)
+    return ()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
