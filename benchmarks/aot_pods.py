@@ -1,6 +1,6 @@
 """Compiles the programs of a generation for TPU slices that are not there, and checks what their chips hold and send.
 
-    python benchmarks/aot_pods.py [--topologies v5e:4x4 ...] [--models ...] [--policies ...] [--only largest]
+    python benchmarks/aot_pods.py [--topologies v5e:4x4 ...] [--models ...] [--policies ...] [--programs largest ...]
 
 Infinity-2B and -8B at one megapixel, as many copies of the model as there are chips where it fits on one, and four
 chips per copy. For every program: bytes on each chip beside what the chip has, and collectives. A copy of the model on
@@ -45,6 +45,9 @@ TOPOLOGIES = {"v5e:4x4": 16, "v5e:16x16": 256, "v5p:2x2x4": 16, "v6e:4x4": 16}
 MODELS = ("infinity-2b", "infinity-8b")
 POLICIES = {"dense": Dense(), "toprovar": ToProVAR(depth_rule="fixed", depth=10)}
 TENSOR = 4
+PROGRAMS = ("largest", "second", "text", "decoder")
+"""Of each generation: its two largest scales, the text, and the decoder, which takes the compiler many minutes."""
+
 PAIRS = {"reduce-scatter": 2, "all-gather": 2}
 
 
@@ -135,11 +138,11 @@ def wrong(setting: Setting, name: str, found: dict[str, Any]) -> str | None:
     return None
 
 
-def chosen(setting: Setting, names: tuple[str, ...], only: str) -> list[str]:
+def programs_of(setting: Setting, names: tuple[str, ...]) -> dict[str, str]:
     """The programs to compile: the two largest scales, the largest first, the text and the decoder."""
     sizes = setting.predicted(setting.batch)
-    scales = sorted((name for name in names if name.startswith("scale")), key=lambda name: -sizes[name])
-    return scales[:1] if only == "largest" else [*scales[:2], "text", "decoder"]
+    largest, second, *_ = sorted((name for name in names if name.startswith("scale")), key=lambda name: -sizes[name])
+    return {"largest": largest, "second": second, "text": "text", "decoder": "decoder"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -148,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--topologies", nargs="+", choices=tuple(TOPOLOGIES), default=list(TOPOLOGIES))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--policies", nargs="+", choices=tuple(POLICIES), default=list(POLICIES))
-    parser.add_argument("--only", choices=("largest", "all"), default="all", help="of each generation one program")
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if not start(why_no_tpu_compiler(), TPU_ENVIRONMENT):
@@ -158,7 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
     for setting in settings(options):
         sizes = setting.predicted(setting.batch)
         programs = None
-        for name in chosen(setting, tuple(sizes), options.only):
+        named = programs_of(setting, tuple(sizes))
+        for name in (named[program] for program in options.programs):
             key = setting.name(name)
             if key not in results:
                 programs = programs or traced(setting)

@@ -55,7 +55,7 @@ def test_what_does_not_fit_the_chip_is_wrong(module):
 
 
 def test_the_table_has_a_line_per_slice_model_mesh_and_policy(module, tmp_path):
-    facts = compiled(PAIRS, peak=12.3e9, limit=16.9e9) | {"predicted": 12e9, "failure": None}
+    facts = compiled(PAIRS, peak=12_300_000_000, limit=16_900_000_000) | {"predicted": 12e9, "failure": None}
     lost = {"predicted": 1, "failure": "no"}
     start = "v5e:4x4 infinity-8b data=4,tensor=4 batch 2"
     report = {f"{start} dense: {LAST}": facts, f"{start} any policy: text": facts, f"{start} toprovar: {LAST}": lost}

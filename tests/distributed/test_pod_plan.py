@@ -144,6 +144,11 @@ def test_what_does_not_fit_says_what_would(topology, options, remedy):
     assert caught.value.remedy == remedy
 
 
+def test_a_policy_that_needs_all_heads_is_refused_where_chips_have_some():
+    with pytest.raises(UserInputError, match="chooses among all heads"):
+        plan_pod(request_of("8b", "v5e-16", policy="scalekv"))
+
+
 def test_the_text_says_that_it_is_an_estimate_and_of_what():
     text = plan_text(plan_pod(REQUEST, mesh="data=4,tensor=2"), 1000, {}, "was asked for")
     for words in ("This is an estimate; nothing was measured", "40% of 197 TFLOP/s", "2 reduce-scatter", "predicted"):

@@ -60,6 +60,20 @@ def mesh_for(
     return make_mesh(spec, devices)
 
 
+def check_heads(plan: GenerationPlan, tensor: int) -> None:
+    """Refuses a plan that needs all heads where each of ``tensor`` devices has some.
+
+    Raises:
+      UserInputError: it does.
+    """
+    if tensor > 1 and any(group.budget is not None for scale in plan.scales for group in scale.groups):
+        raise UserInputError(
+            f"policy {plan.policy} on a mesh with tensor={tensor}",
+            "chooses among all heads, of which each device has some",
+            "take data or fsdp for that axis, or another policy",
+        )
+
+
 def bytes_per_device(card: ModelCard, memory: MemoryOptions, tensor: int, *, pictures: int = 1) -> int:
     """What one of ``tensor`` devices that share a copy of the model needs for dense pictures of the default size."""
     plan = make_plan(

@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from toprovar_jax.acceleration.frequency import frequency_features
 from toprovar_jax.acceleration.plan import GenerationPlan
+from toprovar_jax.distributed.choosing import check_heads
 from toprovar_jax.distributed.mesh import AXES
 from toprovar_jax.distributed.parts import DATA, TENSOR, all_whole, spread_over_tensor
 from toprovar_jax.distributed.rules import LOGICAL_AXES, batch_parts, copied, replicated
 from toprovar_jax.distributed.spmd import over_mesh, shardings_of
 from toprovar_jax.drivers import Drawn, Drivers, OnScaleEnd, Replan, TokenArrays
-from toprovar_jax.errors import UserInputError
 from toprovar_jax.generation import InfinityModel, Text, features_of
 from toprovar_jax.image_tokenizer import ImageTokenizer
 from toprovar_jax.memory_options import MemoryOptions
@@ -98,12 +98,7 @@ class MeshDrivers(Drivers):
         super().prepare(tokens, keys, sampling, plan)
 
     def _check(self, plan: GenerationPlan) -> None:
-        if self._tensor > 1 and any(group.budget is not None for scale in plan.scales for group in scale.groups):
-            raise UserInputError(
-                f"policy {plan.policy} on a mesh with tensor={self._tensor}",
-                "chooses among all heads, of which each device has some",
-                "take data or fsdp for that axis, or another policy",
-            )
+        check_heads(plan, self._tensor)
 
     def _placed(self, tokens: TokenArrays, keys: Any, sampling: ScaleSampling) -> tuple[Any, Any, Any]:
         rows = NamedSharding(self.mesh, PartitionSpec(LOGICAL_AXES["batch"]))

@@ -64,7 +64,10 @@ def compile_plan(plan: PodPlan, say: Callable[[str], None]) -> dict[str, Program
 
 
 def chosen_programs(names: tuple[str, ...], predicted: dict[str, int]) -> tuple[str, ...]:
-    """Of all programs those that decide: where the text is read, the last scale and the largest other, the decoder."""
-    *scales, last = [name for name in names if name.startswith("scale ")]
-    heaviest = (max(scales, key=lambda name: predicted[name]), last)
-    return tuple(name for name in names if name in heaviest or name.startswith("text") or name == "decoder")
+    """Of all programs those that decide: where the text is read, the last scale, and whichever takes most memory.
+
+    The decoder, which takes compilers many minutes, is among them only if that is the one.
+    """
+    *_, last = (name for name in names if name.startswith("scale "))
+    heaviest = max((name for name in names if name in predicted), key=lambda name: predicted[name])
+    return tuple(name for name in names if name in (last, heaviest) or name.startswith("text"))

@@ -15,7 +15,7 @@ from toprovar_jax.acceleration import POLICIES, policy_named
 from toprovar_jax.acceleration.cost import plan_flops
 from toprovar_jax.acceleration.plan import GenerationPlan
 from toprovar_jax.distributed.chips import CHIPS, SHAPES, Chip, Topology, parse_topology
-from toprovar_jax.distributed.choosing import program_bytes
+from toprovar_jax.distributed.choosing import check_heads, program_bytes
 from toprovar_jax.distributed.mesh import AUTO, MEMORY_SHARE, MeshSpec, check_mesh, parse_mesh
 from toprovar_jax.distributed.pod_costs import ProgramCost, Seconds, program_costs
 from toprovar_jax.errors import UserInputError
@@ -171,6 +171,7 @@ def plan_pod(
         check_mesh(spec, transformer)
         if not request.fits(spec, batch or 1):
             raise _too_small(request, spec, batch or 1)
+    check_heads(request.plan, spec.tensor)
     batch = batch or next(size for size in BATCHES if request.fits(spec, size))
     found = request.programs(spec, batch)
     return PodPlan(request, spec, batch, found, utilisation, tuple(_ways(request, spec, batch, utilisation)))

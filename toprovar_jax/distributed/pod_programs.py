@@ -134,9 +134,6 @@ class PodPrograms(MeshDrivers):
         self._traced[name] = traced
         return name
 
-    def _token_arguments(self, tokens: Any, plan: GenerationPlan) -> tuple:
-        return tokens[:2]
-
 
 def described_model(card: ModelCard, mesh: Mesh, memory: MemoryOptions) -> InfinityModel:
     """The networks as they would be loaded on ``mesh``, as descriptions; nothing is allocated.

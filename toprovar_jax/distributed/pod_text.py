@@ -116,7 +116,7 @@ def _table(plan: PodPlan, way: Way, compiled: Compiled) -> list[str]:
             sizes = (cost.flops / 1e12, cost.traffic / 1e9, sum(cost.sent.values()) / 1e9)
             times = (seconds.computing, seconds.memory, seconds.exchanging, seconds.total)
             numbers = "".join(f"{value:>12.2f}" for value in sizes) + "".join(f"{value:>12.4f}" for value in times)
-        lines.append(f"{name:<{width}}{held:>12}{numbers}")
+        lines.append(f"{name:<{width}}{held:>12}{numbers}".rstrip())
     return lines
 
 
