@@ -197,6 +197,16 @@ def test_a_store_that_refuses_writes_is_refused(monkeypatch):
         open_storage("memory://toy")
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError, TimeoutError, type("ClientConnectorError", (OSError,), {})])
+def test_a_store_that_cannot_be_reached_is_a_failure_and_no_mistake(monkeypatch, error):
+    def away(*_: object, **__: object) -> None:
+        raise error("no route")
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", away)
+    with pytest.raises(error, match="no route"):
+        open_storage("memory://toy")
+
+
 def test_a_missing_package_or_an_unknown_kind_of_url_is_one_line_with_the_remedy(monkeypatch):
     if importlib.util.find_spec("gcsfs") is None:
         with pytest.raises(UserInputError, match="needs fsspec's package for gs://; pip install gcsfs"):

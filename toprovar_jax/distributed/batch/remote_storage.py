@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import itertools
 import secrets
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -42,6 +43,8 @@ class RemoteStorage(Storage):
         try:
             self.clock()
         except Exception as error:
+            if _away(error):
+                raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserInputError(
                 f"output {url}", f"must be a place that can be written to ({reason})", "choose another with --out"
@@ -189,3 +192,10 @@ def _modified(info: Mapping[str, Any]) -> float:
     if isinstance(value, int | float):
         return float(value)
     raise ValueError(f"a file system that tells when files were written is needed, this one tells {sorted(info)}")
+
+
+def _away(error: Exception) -> bool:
+    """Whether a store could not be reached, which may be otherwise next time; each client has errors of its own."""
+    if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+        return True
+    return any(word in type(error).__name__ for word in ("Connect", "Timeout"))
