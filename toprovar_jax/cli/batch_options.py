@@ -53,6 +53,14 @@ class BatchOptions:
     mesh: Annotated[
         str | None, option("SPEC", "How the devices share the work, such as data=8,tensor=4; default: automatic.")
     ] = None
+    attention: Annotated[
+        str | None,
+        option(
+            "NAME|NAME,NAME,...",
+            "What computes attention, such as mosaic_tpu; of several the first that can run. Default: the fastest that "
+            "is proven on the device.",
+        ),
+    ] = None
     policy: Annotated[str, option("NAME", "Which computations to spare; dense spares none (default: dense).")] = "dense"
     seed: Annotated[
         str, option("N", "Picture k of row r has the seed N + r + k, unless the row gives its own (default: 0).")

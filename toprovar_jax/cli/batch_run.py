@@ -58,6 +58,8 @@ def run(options: BatchOptions, load: Callable[..., Any] | None, told: dict[str, 
         weights = _weights(options)
         devices = None if load else _devices(options, weights, memory)
         placed = {} if devices is None else {"mesh": devices.made()}
+        if options.attention is not None:
+            placed["attention"] = tuple(name.strip() for name in options.attention.split(","))
         pipeline = (load or loader(options))(options.model, memory=memory, **placed)
         copies = 1 if devices is None else devices.mesh.data * devices.mesh.fsdp
         work = Work(rows, _planner(request, options, pipeline, copies), pipeline, request.chunk)
@@ -267,6 +269,7 @@ def _job(
         "weights": fingerprint(weights),
         "precision": _precision(pipeline),
         "quantization": pipeline.memory.quantization,
+        "attention": options.attention,
         # Sums over devices round differently than sums on one.
         "tensor_parts": 1 if devices is None else devices.mesh.tensor,
         "rows": rows.count,
