@@ -37,6 +37,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python benchmarks/readme_tables.py --check
+	$(BIN)/python benchmarks/pod_tables.py --check
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
