@@ -58,7 +58,7 @@ def test_a_job_is_made_and_a_second_run_makes_nothing(batch, tmp_path):
     rows = manifest(tmp_path / "out")
     assert [row["row"] for row in rows] == list(range(20))
     recipe = read_recipe(tmp_path / "out" / rows[7]["file"])
-    assert (recipe["prompt"], recipe["seed"], recipe["guidance"]) == ("picture 7", 7, 3.0)
+    assert (recipe["prompt"], recipe["seed"], recipe["guidance"]) == ("picture 7", 7000, 3.0)
     assert json.loads(rows[7]["recipe"]) == recipe
     again = batch("--chunk", "6", "--batch-size", "4")
     assert (again.status, again.pipeline.calls) == (0, [])
@@ -111,6 +111,10 @@ def test_changed_prompts_are_another_job(batch, tmp_path):
         (("--max-failures", "-1"), "--max-failures"),
         (("--lease-seconds", "soon"), "--lease-seconds 'soon': must be a number > 0"),
         (("--coordinator", "a:1"), "--coordinator a:1: needs --distributed"),
+        (
+            ("--distributed", "--coordinator", "host", "--num-processes", "2", "--process-id", "1"),
+            "--coordinator 'host': must be HOST:PORT",
+        ),
         (("--distributed", "--process-id", "1"), "--distributed: needs --coordinator, --num-processes too"),
         (("--num-images", "1001"), "--num-images 1001: must be at most 1000"),
         (("--pixels", "9M"), "pixels '9M': must be one of tiny, 1M"),

@@ -79,6 +79,11 @@ def test_automatic_is_copies_where_memory_is_unknown():
     assert dict(mesh_for("auto", PRESETS["infinity-2b"], ON_DEVICE).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 
 
+def test_a_number_is_no_mesh():
+    with pytest.raises(UserInputError, match="mesh 8: must be text or a mesh"):
+        mesh_for(8, PRESETS["infinity-2b"], ON_DEVICE)
+
+
 def test_a_foreign_mesh_is_refused():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(UserInputError, match="must have the axes data, fsdp, tensor"):

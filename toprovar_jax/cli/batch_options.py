@@ -63,7 +63,10 @@ class BatchOptions:
     ] = None
     policy: Annotated[str, option("NAME", "Which computations to spare; dense spares none (default: dense).")] = "dense"
     seed: Annotated[
-        str, option("N", "Picture k of row r has the seed N + r + k, unless the row gives its own (default: 0).")
+        str,
+        option(
+            "N", "Picture k of row r has the seed N + 1000 r + k; of a row with its own seed, that + k (default: 0)."
+        ),
     ] = "0"
     num_images: Annotated[str, option("K", "Pictures per prompt (default: 1).")] = "1"
     negative_prompt: Annotated[str | None, option("TEXT", "What to avoid; acts through guidance.")] = None
@@ -232,6 +235,9 @@ def _processes(options: BatchOptions) -> dict[str, Any] | None:
         return {}
     if missing:
         raise UserInputError("--distributed", f"needs {', '.join(missing)} too", "give all three, or none of them")
+    host, _, port = str(given["coordinator"]).rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserInputError(f"--coordinator {given['coordinator']!r}", "must be HOST:PORT", "for example node0:1234")
     processes, number = positive("--num-processes", given["num_processes"]), _whole("--process-id", given["process_id"])
     if number >= processes:
         raise UserInputError(f"--process-id {number}", f"must be below {processes}", "they are counted from 0")

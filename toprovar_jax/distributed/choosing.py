@@ -25,9 +25,7 @@ from toprovar_jax.model_card import ModelCard
 from toprovar_jax.sampling import Sampling
 
 
-def mesh_for(
-    wanted: str | MeshSpec | Mesh, card: ModelCard, memory: MemoryOptions, devices: Sequence[Any] | None = None
-) -> Mesh:
+def mesh_for(wanted: Any, card: ModelCard, memory: MemoryOptions, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that ``wanted`` names.
 
     Args:
@@ -48,6 +46,8 @@ def mesh_for(
             )
         check_mesh(MeshSpec(*(wanted.shape[axis] for axis in AXES)), card.transformer)
         return wanted
+    if not isinstance(wanted, (str, MeshSpec)):
+        raise UserInputError(f"mesh {wanted!r}", "must be text or a mesh", "for example data=8,tensor=4")
     devices = jax.devices() if devices is None else devices
     if isinstance(wanted, MeshSpec):
         spec = wanted

@@ -78,7 +78,7 @@ def parse_mesh(text: str, num_devices: int) -> MeshSpec:
         raise UserInputError(
             f"mesh {text!r} of {spec.size} devices",
             f"must be of {num_devices}, as there are",
-            "change the sizes, or leave data out, which then takes what is left",
+            "change the sizes; data, left out, takes what the others leave, if they divide it",
         )
     return spec
 

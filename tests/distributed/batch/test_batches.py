@@ -62,7 +62,12 @@ def test_a_long_negative_prompt_counts_as_text_too():
 
 def test_seeds_count_up_from_the_rows_own_or_from_the_jobs():
     chunk = planned(row(0, num_images=2), row(3, seed=2**32 - 1, num_images=2), row(4), seed=2**32 - 3, batch_size=9)
-    assert [one.seed for one in chunk.batches[0].pictures] == [2**32 - 3, 2**32 - 2, 2**32 - 1, 0, 1]
+    assert [one.seed for one in chunk.batches[0].pictures] == [2**32 - 3, 2**32 - 2, 2**32 - 1, 0, 3997]
+
+
+def test_no_two_pictures_of_a_job_share_a_seed():
+    chunk = planned(*(row(number, num_images=1000) for number in range(3)), batch_size=4000)
+    assert len({one.seed for one in chunk.batches[0].pictures}) == 3000
 
 
 def drawn(planner, pipeline, chunk):
@@ -75,7 +80,10 @@ def test_calls_are_padded_with_the_last_picture_and_give_back_the_others():
     planner = Planner(pipeline, SETTINGS, batch_size=2)
     chunk = planner.chunk(row(number, f"p{number}") for number in range(3))
     assert drawn(planner, pipeline, chunk) == [[2], [1]]
-    assert [(prompts, seeds) for prompts, seeds, _ in pipeline.calls] == [(["p0", "p1"], [0, 1]), (["p2"] * 2, [2] * 2)]
+    assert [(prompts, seeds) for prompts, seeds, _ in pipeline.calls] == [
+        (["p0", "p1"], [0, 1000]),
+        (["p2"] * 2, [2000] * 2),
+    ]
     (batch,) = planned(row(0), padded=False).batches
     assert batch.size == 1
 

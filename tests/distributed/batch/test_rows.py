@@ -122,6 +122,24 @@ def test_a_broken_row_of_a_table_is_a_row_with_its_reason(tmp_path, line, reason
     assert found[0].reason.startswith(f"row 0: {reason}")
 
 
+def test_a_quote_that_nobody_closes_takes_no_other_row_with_it(tmp_path):
+    others = "".join(f"picture {k},{k}\n" for k in range(20_000))
+    found = everything(written(tmp_path, "p.csv", f'prompt,seed\nfirst,1\n"a red ball,2\n{others}'.encode()))
+    assert [row.number for row in found] == list(range(20_002))
+    assert [isinstance(row, BrokenRow) for row in found] == [False, True, *[False] * 20_000]
+    assert found[-1] == Row(20_001, "20001", "picture 19999", 19999)
+
+
+def test_a_damaged_table_is_refused_by_name(tmp_path):
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"prompt": [f"picture {k}" for k in range(1000)]}), path)
+    content = bytearray(path.read_bytes())
+    content[10:60] = bytes(50)
+    path.write_bytes(content)
+    with pytest.raises(UserInputError, match=r"p\.parquet: must be a Parquet file whose rows can be read"):
+        everything(str(path))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

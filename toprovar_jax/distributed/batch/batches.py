@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from toprovar_jax.distributed.batch.rows import BrokenRow, Row
+from toprovar_jax.distributed.batch.rows import MAX_NUM_IMAGES, BrokenRow, Row
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.prompts import with_positive_prompt
 from toprovar_jax.settings import MAX_SEED
@@ -211,7 +211,8 @@ class Planner:
 
     def _pictures(self, row: Row, request: Any, arguments: Mapping[str, Any]) -> list[Wanted]:
         settings = {**self._settings, **row.settings}
-        first = settings["seed"] + row.number if row.seed is None else row.seed
+        # As far apart as a row may have pictures: no two of the job share a seed, up to four million rows.
+        first = settings["seed"] + MAX_NUM_IMAGES * row.number if row.seed is None else row.seed
         prompt, negative = self._texts(row)
         own = any(row.settings.get(name, value) != value for name, value in self._settings.items())
         return [

@@ -95,16 +95,20 @@ class Csv:
         raise UserInputError(f"prompts file {self._source.url}", "must begin with a header", "such as id,prompt,seed")
 
     def records(self, file: Readable, place: int) -> Iterator[tuple[int, list[str] | Broken]]:
-        """The cells of each row."""
+        """The cells of each row. Of one that cannot be read, as with a quote that nobody closes, a line is lost."""
         lines = _CsvLines(file, place)
         reader = csv.reader(lines, strict=True)
         while True:
+            lines.second = None
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield lines.place, Broken(f"must be a row of comma-separated values ({error})")
+                behind = lines.place if lines.second is None else lines.second
+                yield behind, Broken(f"must be a row of comma-separated values ({error})")
+                lines = _CsvLines(file, behind)
+                reader = csv.reader(lines, strict=True)
             else:
                 if cells:
                     yield lines.place, cells
@@ -154,11 +158,19 @@ class Parquet:
         for group, count in enumerate(counts):
             if first + count > place:
                 number = first
-                for batch in table.iter_batches(_PARQUET_ROWS, row_groups=[group], use_threads=False):
+                for batch in self._batches(table, group):
                     for row in range(max(0, place - number), batch.num_rows):
                         yield number + row + 1, _row(batch, row)
                     number += batch.num_rows
             first += count
+
+    def _batches(self, table: Any, group: int) -> Iterator[Any]:
+        try:
+            yield from table.iter_batches(_PARQUET_ROWS, row_groups=[group], use_threads=False)
+        except (ValueError, OSError) as error:  # as above
+            reason = " ".join(str(error).split())
+            rule = f"must be a Parquet file whose rows can be read ({reason})"
+            raise UserInputError(f"prompts file {self._source.url}", rule, "write it again") from None
 
     def fields(self, record: Mapping[str, Any], origin: str) -> dict[str, Any]:
         """The values that are not null; where a table holds integers as floating-point numbers, integers."""
@@ -207,17 +219,24 @@ def check_columns(names: Iterable[str], source: Source) -> None:
 
 
 class _CsvLines:
-    """Lines as :mod:`csv` wants them; ``place`` is where the next one begins."""
+    """Lines as :mod:`csv` wants them.
+
+    Attributes:
+      place: where the next one begins.
+      second: where the second line begins of those read since this was last None.
+    """
 
     def __init__(self, file: Readable, place: int):
         self._lines = lines_of_bytes(file, place)
         self.place = place
+        self.second: int | None = None
 
     def __iter__(self) -> _CsvLines:
         return self
 
     def __next__(self) -> str:
         self.place, line = next(self._lines)
+        self.second = self.place if self.second is None else self.second
         if line is None:
             raise csv.Error(f"a line of more than {MAX_LINE} bytes")
         return line.decode("utf-8", "surrogateescape")
