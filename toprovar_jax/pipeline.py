@@ -343,6 +343,8 @@ class InfinityPipeline:
     def memory_report(self, *, batch_size: int = 1, driver: Driver | None = None, **options: Any) -> MemoryReport:
         """Predict the device memory of calls with these options; nothing is run or allocated.
 
+        It is that of one device which holds everything; of a mesh's devices, ``toprovar plan-pod`` tells.
+
         Args:
           batch_size: pictures per call.
           driver: ``"stepwise"`` for calls with ``progress`` or a callback; default: as without.

@@ -135,10 +135,8 @@ class MeshDrivers(Drivers):
         if self.batch_parts == 1:
             return super()._taken(party, rows, batch)
         # Pictures stay on their devices: all rows go on, of which only these count.
-        whole = (party.condition, party.state, party.keys)
-        condition, state, keys = whole
-        state = self._run("transformer", "copy", lambda state: jax.tree.map(jnp.copy, state), (state,))
-        return tuple(party.rows[row] for row in rows), (condition, state, keys)
+        state = self._run("transformer", "copy", lambda state: jax.tree.map(jnp.copy, state), (party.state,))
+        return tuple(party.rows[row] for row in rows), (party.condition, state, party.keys)
 
     def _apart(
         self,
