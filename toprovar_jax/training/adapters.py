@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -60,10 +60,13 @@ class AdaptedLinear(nnx.Module):
         self.base, self.scale = base, scale
         self.down, self.up = nnx.Param(factors.down), nnx.Param(factors.up)
 
-    def __call__(self, x: Float[Array, "*rows fan_in"]) -> Float[Array, "*rows fan_out"]:
-        """Apply both, in the base's precision."""
+    def __call__(
+        self, x: Float[Array, "*rows fan_in"], summed: Callable[[Array], Array] | None = None
+    ) -> Float[Array, "*out_rows fan_out"]:
+        """Apply both, in the base's precision; ``summed`` as in :meth:`toprovar_jax.model.layers.Linear.__call__`."""
         precision = self.base.precision
-        return self.base(x) + self.scale * matmul(matmul(x, self.down[...], precision), self.up[...], precision)
+        added = self.scale * matmul(matmul(x, self.down[...], precision), self.up[...], precision)
+        return self.base(x, summed) + (added if summed is None else summed(added))
 
 
 def chosen_layers(patterns: Sequence[str]) -> tuple[str, ...]:

@@ -153,7 +153,7 @@ def test_the_line_says_how_many_are_compiling(tmp_path):
     health, ledger, _, _ = watched(tmp_path, progress)
     with health:
         assert health.status(ledger.workers()).line().endswith("; 1 worker; 0 failed")
-        with progress.drawing(batch()):
+        with progress.drawing((batch(),)):
             health.tick()
             assert health.status(ledger.workers()).line().endswith("; 1 worker, 1 compiling; 0 failed")
 
