@@ -9,7 +9,10 @@ picture once, with the SHA-256 of the manifest, both as in the run that was left
 
 ``--command`` is a worker's command line, in which ``{out}``, ``{prompts}``, ``{layout}``, ``{worker}``, ``{chunk}`` and
 ``{lease}`` are replaced; without it, it is batch_kills_worker.py, whose model only pretends. Prints a line per kill and
-writes benchmarks/results/batch_kills.json. Status 1 if anything was lost. Linux only.
+writes benchmarks/results/batch_kills.json. Status 1 if anything was lost. Linux only. batch_kills_command.json is of
+the batch command itself, with ``--pictures 2500 --kills 12 --chunk 25 --layouts tar --lease 20 --command python
+examples/batch_pod.py --prompts {prompts} --out {out} --layout {layout} --worker {worker} --chunk {chunk}
+--lease-seconds {lease} --quiet``.
 """
 
 from __future__ import annotations
