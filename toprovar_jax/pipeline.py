@@ -49,6 +49,7 @@ from toprovar_jax.request import (
     texts_of,
 )
 from toprovar_jax.sampling import Sampling, ScaleSampling
+from toprovar_jax.scale_callbacks import ScaleBar, both, naming
 from toprovar_jax.settings import check_setting
 from toprovar_jax.shapes import Array, Key
 from toprovar_jax.text_encoder import TokenBatch
@@ -314,8 +315,8 @@ class InfinityPipeline:
         request = self._request(prompt, options)
         self._check_memory(request, stepwise=progress or callback_on_scale_end is not None)
         before = dict(self.drivers.seconds)
-        with _Progress(request, progress) as bar:
-            drawn = self._draw(request, _both(callback_on_scale_end, bar.on_scale_end if progress else None))
+        with ScaleBar(request, progress) as bar:
+            drawn = self._draw(request, both(callback_on_scale_end, bar.on_scale_end if progress else None))
         images, bits, statistics = assemble(drawn, output_type)
         plans = tuple(part.plan for part in in_order(drawn))
         spent = {name: seconds - before[name] for name, seconds in self.drivers.seconds.items()}
@@ -423,7 +424,7 @@ class InfinityPipeline:
             if not self._one_by_one and on_scale_end is None and not request.plan.alternatives:
                 whole = [self.drivers.fused(tokens, keys, sampling, request.plan)]
             else:
-                report = _naming(on_scale_end, images)
+                report = naming(on_scale_end, images)
                 whole = self.drivers.stepwise(tokens, keys, sampling, request.plan, report, replan=replan)
             drawn += [part.of(images) for part in whole]
         return [part for part in drawn if part.indices]
@@ -469,50 +470,3 @@ def _on_device(sampling: Sampling, num_scales: int) -> ScaleSampling:
 
 def _keys(seeds: Sequence[int]) -> Key[Array, " B"]:
     return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
-
-
-def _naming(on_scale_end: OnScaleEnd | None, images: Sequence[int]) -> OnScaleEnd | None:
-    """``on_scale_end``, told as well which pictures it is about; rows beyond ``images`` are none."""
-    if on_scale_end is None:
-        return None
-
-    def call(index: int, count: int, info: dict[str, Any]) -> None:
-        rows = [place for place, row in enumerate(info["images"]) if row < len(images)]
-        if rows:
-            named = {"images": tuple(images[info["images"][place]] for place in rows)}
-            on_scale_end(index, count, info | {"latents": info["latents"][rows]} | named)
-
-    return call
-
-
-def _both(first: OnScaleEnd | None, second: OnScaleEnd | None) -> OnScaleEnd | None:
-    if first is None or second is None:
-        return first or second
-
-    def call(index: int, count: int, info: dict[str, Any]) -> None:
-        second(index, count, info)
-        first(index, count, info)
-
-    return call
-
-
-class _Progress:
-    """A bar over all scales of all pictures; nothing where it is switched off."""
-
-    def __init__(self, request: ResolvedRequest, enabled: bool):
-        from tqdm import tqdm
-
-        total = request.plan.num_run * request.batch_size
-        self.bar = tqdm(total=total, desc="scales", unit="scale", disable=not enabled)
-
-    def on_scale_end(self, index: int, count: int, info: dict[str, Any]) -> None:
-        del index, count
-        height, width = info["grid"]
-        self.bar.set_postfix_str(f"{height}x{width}")
-        self.bar.update(len(info["images"]))
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from toprovar_jax.distributed.rules import copied
 from toprovar_jax.errors import UserInputError
 from toprovar_jax.memory_options import MemoryOptions
 from toprovar_jax.model.quantization import Int8Matrix, quantise_stack, rows_apart
@@ -148,7 +149,7 @@ def _put(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
     """``array`` on the devices, of which some may be other processes'."""
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return copied(array, sharding)
 
 
 def describe(abstract: Network, placement: Placement, dtype: Callable[[str], np.dtype]) -> Network:

@@ -9,12 +9,11 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from toprovar_jax.cli.backend import check_backend
 from toprovar_jax.cli.command_line import flag_of, option, read_command_line
 from toprovar_jax.cli.memory_flags import DecoderStrips, Int8, LowMemory, TextEncoderOn, positive
 from toprovar_jax.cli.model_options import Model, TextEncoder, Vae, Variant
+from toprovar_jax.cli.options import settings_of
 from toprovar_jax.errors import UserInputError, unknown_name
-from toprovar_jax.settings import parse_setting
 
 LAYOUTS = ("files", "tar")
 
@@ -175,8 +174,6 @@ def request_of(options: BatchOptions) -> BatchRequest:
         raise UserInputError("no output", "a place for it is needed", "say where with --out, for example outputs/run")
     if options.layout not in LAYOUTS:
         raise unknown_name("--layout", options.layout, LAYOUTS)
-    if options.backend is not None:
-        check_backend(options.backend)
     index = _index(options)
     host = socket.gethostname().partition(".")[0] or "host"
     worker = f"{host}-{os.getpid()}" if options.worker is None else options.worker
@@ -206,11 +203,7 @@ _WORKER_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345
 def _settings(options: BatchOptions) -> dict[str, Any]:
     from toprovar_jax.distributed.batch.rows import check_num_images
 
-    settings: dict[str, Any] = {"positive_prompt": options.positive_prompt}
-    typed = ("negative_prompt", "policy", "seed", "num_images", "aspect_ratio", "pixels", "guidance", "tau")
-    for name in (*typed, "top_k", "top_p", "stop_after_scale"):
-        text = getattr(options, name)
-        settings[name] = None if text is None else parse_setting(name, text, label=flag_of(name))
+    settings = settings_of(options)
     check_num_images(settings["num_images"], "--num-images")
     return settings
 

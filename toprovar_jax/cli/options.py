@@ -112,8 +112,11 @@ def requests_of(options: GenerateOptions) -> list[PromptRequest]:
     return requests
 
 
-def settings_of(options: GenerateOptions) -> dict[str, Any]:
+def settings_of(options: Any) -> dict[str, Any]:
     """The settings of every picture whose own line says nothing else; None where the model's default holds.
+
+    Args:
+      options: of any command that takes settings under the names that :class:`GenerateOptions` has for them.
 
     Raises:
       UserInputError: a value is not legal.
